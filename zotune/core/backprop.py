@@ -1,0 +1,152 @@
+"""The backprop baselines: AdamW by torch's own autograd and optimizer, on the same spaces.
+
+They run through the same sites, tasks and loop as the forward-only methods, so that every table
+can show what a gradient would have bought, and what it costs in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.core.block import FloatBlock
+from zotune.core.evaluator import TorchEvaluator
+from zotune.core.method import Schedule
+from zotune.core.space import Space
+from zotune.core.step import StepReport
+from zotune.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with exact gradients.
+
+    lr is absolute, as everywhere for AdamW. Gradients are clipped to norm `clip` (0: never).
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    schedule: Schedule = field(default_factory=Schedule)
+
+    @property
+    def forwards(self) -> int:
+        """One forward (and one backward) per step."""
+        return 1
+
+    def but(self, **changes: Any) -> Backprop:
+        return replace(self, **changes)
+
+
+class BackpropTuner:
+    """The same face as `Tuner`, for the baselines: step, state_tensors, load_.
+
+    Raises BadInput for blocks without gradients (integer codes).
+    """
+
+    def __init__(self, space: Space, method: Backprop, evaluator: TorchEvaluator, total: int) -> None:
+        blocks = [b for b in space if isinstance(b, FloatBlock)]
+        if len(blocks) < len(space.blocks):
+            raise BadInput("integer codes have no gradient; backprop tunes float spaces only")
+        space.bind_(1.0, method.lr, "absolute")
+        self.space, self.method, self.evaluator, self.total = space, method, evaluator, total
+        self.blocks = blocks
+        self.done = self.applied = 0
+        self.leaves = {b.name: b.master.clone().requires_grad_() for b in blocks}
+        groups = [
+            {
+                "params": [self.leaves[b.name]],
+                "weight_decay": method.weight_decay * b.decay,
+                "lr": (b.lr if b.lr is not None else method.lr),
+            }
+            for b in blocks
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(method.b1, method.b2))
+        self.rates = [g["lr"] for g in groups]
+
+    def step(self, batch: Any) -> StepReport:
+        """One forward, one backward, one AdamW update, in micro-batches if the evaluator has them."""
+        factor = self.method.schedule.factor(self.done, self.total)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.zero_grad()
+        loss = self._backward(batch)
+        leaves = list(self.leaves.values())
+        finite = bool(torch.tensor(loss).isfinite())
+        if finite:
+            limit = self.method.clip or float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(leaves, limit)
+            finite = bool(norm.isfinite())
+        report = StepReport(self.done, loss, self.method.lr * factor, finite)
+        self.done += 1
+        if finite:
+            self.optimizer.step()
+            self.applied += 1
+            self._write_back()
+        return report
+
+    def _backward(self, batch: Any) -> float:
+        size = self.evaluator.micro_batch or batch.size
+        pieces = [batch.select(i, min(i + size, batch.size)) for i in range(0, batch.size, size)]
+        total, whole = 0.0, 0.0
+        for piece in pieces:
+            with torch.enable_grad(), self._held():
+                loss, weight = self.evaluator.objective(self.evaluator.model, piece)
+                share = (loss.float() * weight).sum()
+                if not share.requires_grad:
+                    raise BadInput(
+                        "this objective has no gradient; backprop needs a differentiable loss"
+                    )
+                share.backward()
+            total, whole = total + float(share), whole + float(weight.sum())
+        self.evaluator.forwards += 1
+        for leaf in self.leaves.values():
+            if leaf.grad is not None:
+                leaf.grad /= max(whole, 1e-30)
+        return total / max(whole, 1e-30)
+
+    def _held(self) -> ExitStack:
+        """Every site holding its leaves: the model's own tensors need no gradient."""
+        stack = ExitStack()
+        for site in self.evaluator.sites:
+            values = {
+                attribute: self.leaves[block.name].to(block.value().dtype)
+                for attribute, block in site.blocks.items()
+            }
+            stack.enter_context(site.holding(values))
+        return stack
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        for block in self.blocks:
+            leaf = self.leaves[block.name]
+            if block.minimum is not None:
+                leaf.clamp_min_(block.minimum)
+            block.load_(leaf)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        out = {f"block/{name}": value for name, value in self.space.state().items()}
+        for name, leaf in self.leaves.items():
+            out[f"leaf/{name}"] = leaf.detach()
+            for k, v in self.optimizer.state[leaf].items():
+                out[f"rule/{name}/{k}"] = v
+        return out
+
+    def load_(self, tensors: Mapping[str, Tensor], done: int, applied: int) -> None:
+        for name, leaf in self.leaves.items():
+            with torch.no_grad():
+                leaf.copy_(tensors[f"leaf/{name}"])
+            start = f"rule/{name}/"
+            state = {k[len(start) :]: v.clone() for k, v in tensors.items() if k.startswith(start)}
+            if state:
+                self.optimizer.state[leaf] = state
+        self._write_back()
+        self.done, self.applied = done, applied

@@ -1,0 +1,162 @@
+"""Estimators: keys to probes, losses to coefficients. They never see a model or a batch.
+
+    ask(key)            -> probes, the points whose losses are wanted
+    tell(key, losses)   -> Estimate, with g = mean_k coefficients[k] * u(keys[k])
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zotune.core.noise import Key
+from zotune.core.probe import Losses, Probe
+from zotune.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The currency: g = mean_k coefficients[k] u(keys[k]), never a tensor until a block wants it.
+
+    coefficients: float64, one per key. loss: mean of the losses seen, for display only.
+    """
+
+    key: Key
+    keys: tuple[Key, ...]
+    coefficients: tuple[float, ...]
+    loss: float
+
+    @property
+    def finite(self) -> bool:
+        values = torch.tensor((*self.coefficients, self.loss), dtype=torch.float64)
+        return bool(values.isfinite().all())
+
+
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """eps is the perturbation scale (MeZO's zo_eps, the literature's mu, ES's sigma)."""
+
+    eps: float = 1e-3
+    queries: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise BadInput(f"eps={self.eps}; want eps > 0")
+        if self.queries < 1:
+            raise BadInput(f"queries={self.queries}; want at least 1")
+
+    @property
+    @abstractmethod
+    def forwards(self) -> int:
+        """Forward passes over the batch per step."""
+
+    @abstractmethod
+    def ask(self, key: Key) -> list[Probe]:
+        """The points whose losses are wanted."""
+
+    @abstractmethod
+    def tell(self, key: Key, losses: Losses) -> Estimate:
+        """The estimate from the losses of the probes that `ask(key)` gave, in their order."""
+
+    def keys(self, key: Key, count: int) -> tuple[Key, ...]:
+        """The keys of `count` coefficients: what a journal needs to rebuild an estimate."""
+        return tuple(key.fold(query=j) for j in range(count))
+
+    def _estimate(self, key: Key, coefficients: Tensor, loss: Tensor) -> Estimate:
+        flat = tuple(coefficients.flatten().tolist())
+        return Estimate(key, self.keys(key, len(flat)), flat, float(loss))
+
+
+@dataclass(frozen=True)
+class TwoSided(Estimator):
+    """Central difference (SPSA, Spall 1992; MeZO 2023): c_j = (L(+eps u_j) - L(-eps u_j)) / (2 eps).
+
+    >>> probes = TwoSided(eps=0.5).ask(Key(0))
+    >>> [p.step for p in probes]
+    [0.5, -0.5]
+    >>> TwoSided(eps=0.5).tell(Key(0), Losses.of([3.0, 1.0])).coefficients
+    (2.0,)
+    """
+
+    @property
+    def forwards(self) -> int:
+        return 2 * self.queries
+
+    def ask(self, key: Key) -> list[Probe]:
+        keys = self.keys(key, self.queries)
+        return [Probe(k, step) for k in keys for step in (self.eps, -self.eps)]
+
+    def tell(self, key: Key, losses: Losses) -> Estimate:
+        pairs = losses.mean.view(self.queries, 2)
+        return self._estimate(key, (pairs[:, 0] - pairs[:, 1]) / (2 * self.eps), pairs.mean())
+
+
+@dataclass(frozen=True)
+class OneSided(Estimator):
+    """Forward difference: c_j = (L(+eps u_j) - L(0)) / eps, with one base point for q queries.
+
+    >>> OneSided(eps=0.5, queries=2).tell(Key(0), Losses.of([1.0, 2.0, 0.5])).coefficients
+    (2.0, -1.0)
+    """
+
+    @property
+    def forwards(self) -> int:
+        return 1 + self.queries
+
+    def ask(self, key: Key) -> list[Probe]:
+        keys = self.keys(key, self.queries)
+        return [Probe(keys[0], 0.0), *(Probe(k, self.eps) for k in keys)]
+
+    def tell(self, key: Key, losses: Losses) -> Estimate:
+        values = losses.mean
+        return self._estimate(key, (values[1:] - values[0]) / self.eps, values[0])
+
+
+@dataclass(frozen=True)
+class PerExample(Estimator):
+    """A direction of its own for each example: B coefficients from one pair of forwards.
+
+    c_jb = B w_b (l_b(+eps u_jb) - l_b(-eps u_jb)) / (2 eps), with w_b the example's share of the
+    batch loss, so that g = mean c u estimates the gradient of the batch loss with the variance of
+    B queries. After P-RGE's batched queries (Gao et al. 2024, arXiv 2409.15520).
+
+    >>> pair = torch.tensor([[1.0, 4.0], [0.0, 2.0]], dtype=torch.float64)
+    >>> even = torch.full((2,), 0.5, dtype=torch.float64)
+    >>> PerExample(eps=0.5).tell(Key(0), Losses(pair, even)).coefficients
+    (1.0, 2.0)
+    """
+
+    @property
+    def forwards(self) -> int:
+        return 2 * self.queries
+
+    def ask(self, key: Key) -> list[Probe]:
+        keys = (key.fold(query=j) for j in range(self.queries))
+        return [Probe(k, step, per_example=True) for k in keys for step in (self.eps, -self.eps)]
+
+    def keys(self, key: Key, count: int) -> tuple[Key, ...]:
+        examples = count // self.queries
+        return tuple(
+            key.fold(query=j, lane=b) for j in range(self.queries) for b in range(examples)
+        )
+
+    def tell(self, key: Key, losses: Losses) -> Estimate:
+        examples = losses.per_example.shape[1]
+        pairs = losses.per_example.view(self.queries, 2, examples)
+        slopes = (pairs[:, 0] - pairs[:, 1]) / (2 * self.eps)
+        return self._estimate(key, slopes * losses.weights * examples, losses.mean.mean())
+
+
+def estimator(directions: str, eps: float, queries: int) -> Estimator:
+    """The estimator that a method's `directions` option names: "batch", "one-sided" or "example".
+
+    >>> estimator("example", 1e-3, 1)
+    PerExample(eps=0.001, queries=1)
+    """
+    kinds = {"batch": TwoSided, "one-sided": OneSided, "example": PerExample}
+    if directions not in kinds:
+        raise BadInput(f"directions={directions!r}; want one of {', '.join(kinds)}")
+    return kinds[directions](eps, queries)

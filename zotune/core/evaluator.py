@@ -1,0 +1,168 @@
+"""Evaluators: probes and a batch in, losses out. No parameter is ever written."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zotune.core import forwards as _forwards  # registers the fast probed forwards
+from zotune.core.perturbation import Perturbation
+from zotune.core.probe import Losses, Probe
+from zotune.core.sites import StackingError, View, probing, sites_of
+from zotune.core.space import Space
+from zotune.errors import BadInput
+from zotune.tasks.batch import Batch
+
+assert _forwards
+
+Objective = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+
+
+class Evaluator(ABC):
+    """Turns probes and a batch into losses."""
+
+    space: Space
+    forwards: int = 0
+    """Forward passes over a batch so far, one per probe."""
+
+    @abstractmethod
+    def losses(self, probes: Sequence[Probe], batch: Any, perturbation: Perturbation) -> Losses:
+        """The loss of each probe on this batch, as theta stands now."""
+
+
+class TorchEvaluator(Evaluator):
+    """Stacks probes along the batch axis of a torch model.
+
+    objective(model, batch) gives (loss, weight) per example, both (rows,); `stack` probes run in
+    one forward (None: all of a step; 1: one at a time, least memory), `micro_batch` examples at a
+    time (None: all). Dropout is off.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: Space,
+        objective: Objective,
+        *,
+        stack: int | None = None,
+        micro_batch: int | None = None,
+        per_example: bool = True,
+        fast: bool = True,
+    ) -> None:
+        for name, value in (("stack", stack), ("micro_batch", micro_batch)):
+            if value is not None and value < 1:
+                raise BadInput(f"{name}={value}; want at least 1, or None for all")
+        if not per_example and micro_batch is not None:
+            raise BadInput(
+                "this objective gives one number per batch (F1, a Python score), which micro-"
+                "batches would change; drop micro_batch or lower the batch size"
+            )
+        self.model = model.eval()
+        self.space = space
+        self.objective = objective
+        self.stack = stack if per_example else 1
+        self.micro_batch = micro_batch
+        self.per_example = per_example
+        self.fast = fast
+        self.sites = sites_of(space.blocks)
+        self.visited: set[str] = set()
+
+    @torch.no_grad()
+    def losses(self, probes: Sequence[Probe], batch: Batch, perturbation: Perturbation) -> Losses:
+        if any(p.per_example for p in probes) and not self.per_example:
+            raise BadInput(
+                "directions per example need a loss per example; this objective gives one number "
+                "per batch: use directions='batch'"
+            )
+        pieces, weights = [], []
+        size = self.micro_batch or batch.size
+        for first in range(0, batch.size, size):
+            piece = batch if size >= batch.size else batch.select(first, min(first + size, batch.size))
+            rows = [
+                self._stacked(group, piece, first, perturbation)
+                for group in _groups(probes, self.stack)
+            ]
+            pieces.append(torch.cat([loss for loss, _ in rows]))
+            weights.append(rows[0][1])
+        self.forwards += len(probes)
+        weight = torch.cat(weights)
+        return Losses(torch.cat(pieces, dim=1), weight / weight.sum().clamp_min(1e-300))
+
+    def _stacked(
+        self, probes: Sequence[Probe], batch: Batch, first: int, perturbation: Perturbation
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (probes, examples) and weights (examples,) of one forward."""
+        stacked = batch.repeat(len(probes))
+        rows = max(len(t) for t in stacked.tensors.values())
+        view = View(probes, batch.size, perturbation, first, rows)
+        with probing(self.sites, view, self.fast):
+            loss, weight = self.objective(self.model, stacked)
+        self.visited |= view.visited
+        loss = loss.detach().double().view(len(probes), -1).cpu()
+        return loss, weight.detach().double().view(len(probes), -1)[0].cpu()
+
+    def check(self, batch: Batch, probes: Sequence[Probe], perturbation: Perturbation) -> list[str]:
+        """Compare stacked with one-at-a-time evaluation once; stacking is switched off if it is
+        wrong for this model. Returns the names of blocks that no forward used."""
+        with_stack = self.stack
+        self.stack = 1
+        truth = self.losses(probes, batch, perturbation).per_example
+        self.stack = with_stack
+        if with_stack != 1:
+            try:
+                stacked = self.losses(probes, batch, perturbation).per_example
+                agree = torch.allclose(stacked, truth, rtol=2e-2, atol=2e-2)
+            except StackingError:
+                agree = False
+            self.stack = with_stack if agree else 1
+        self.forwards = 0
+        seen = {id(b) for site in self.sites if site.path in self.visited for b in site.blocks.values()}
+        return [b.name for b in self.space.blocks if id(b) not in seen]
+
+
+def _groups(probes: Sequence[Probe], stack: int | None) -> list[Sequence[Probe]]:
+    """Runs of at most `stack` probes, never mixing shared and per-example directions."""
+    groups: list[list[Probe]] = []
+    for probe in probes:
+        full = groups and stack is not None and len(groups[-1]) >= stack
+        if not groups or full or groups[-1][0].per_example != probe.per_example:
+            groups.append([])
+        groups[-1].append(probe)
+    return list(groups)
+
+
+class PointObjective(Protocol):
+    def __call__(self, values: dict[str, Tensor], batch: Any) -> float: ...
+
+
+class FunctionEvaluator(Evaluator):
+    """Any Python function f(values, batch) -> loss, called once per probe.
+
+    >>> import torch
+    >>> from zotune.core.space import tensors
+    >>> from zotune.core.perturbation import Gaussian
+    >>> from zotune.core.noise import Key
+    >>> space = tensors({"x": torch.ones(3)})
+    >>> f = FunctionEvaluator(space, lambda values, batch: float(values["x"].sum()))
+    >>> f.losses([Probe(Key(0), 0.0)], None, Gaussian()).mean.tolist()
+    [3.0]
+    """
+
+    def __init__(self, space: Space, function: PointObjective) -> None:
+        self.space = space
+        self.function = function
+
+    def losses(self, probes: Sequence[Probe], batch: Any, perturbation: Perturbation) -> Losses:
+        if any(p.per_example for p in probes):
+            raise BadInput("a plain function has no examples; use directions='batch'")
+        values = []
+        for probe in probes:
+            view = View([probe], 1, perturbation)
+            point = {b.name: view.value(b, view.parts[0]) for b in self.space.blocks}
+            values.append(float(self.function(point, batch)))
+        self.forwards += len(probes)
+        return Losses.of(values)

@@ -1,0 +1,143 @@
+"""Fast probed forwards, one per layer type. Each equals `sites.generic`, and a test says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zotune.core.block import Block, FloatBlock
+from zotune.core.sites import Site, View, probed, rows_per_part
+from zotune.models.adapter import LowRank
+from zotune.quant import kernels
+from zotune.quant.linear import QuantLinear
+
+_SMALL = 1 << 22  # elements of all parts' values at once, beyond which slices are cheaper
+
+
+def values(view: View, block: Block) -> Tensor:
+    """The block as each part sees it: (parts, *shape)."""
+    pieces = []
+    for number, probe in enumerate(view.probes):
+        if probe.step == 0:
+            pieces.append(block.value().expand(view.examples if view.lanes else 1, *block.shape))
+        elif view.lanes:
+            pieces.append(block.at(view.lane_directions(block, probe), probe.step))
+        else:
+            pieces.append(view.value(block, view.parts[number]).unsqueeze(0))
+    return torch.cat(pieces)
+
+
+def by_part(view: View, x: Tensor, each: int) -> Tensor:
+    """(parts * each, ..., features) -> (parts, tokens of a part, features)."""
+    return x.reshape(len(view.parts), -1, x.shape[-1])
+
+
+def _too_large(view: View, site: Site) -> bool:
+    return len(view.parts) * max(b.numel for b in site.blocks.values()) > _SMALL
+
+
+@probed(LowRank)
+def low_rank(site: Site, view: View, x: Tensor) -> Any:
+    """One product with a shared A, one batched product with the parts' own B."""
+    module = site.module
+    assert isinstance(module, LowRank)
+    each = rows_per_part(site, view, len(x))
+    if not each or _too_large(view, site):
+        return NotImplemented
+    if "A" in site.blocks:
+        hidden = by_part(view, x, each) @ values(view, site.blocks["A"]).to(x.dtype).mT
+    else:
+        hidden = by_part(view, F.linear(x, module.A.to(x.dtype)), each)
+    if "B" in site.blocks:
+        out = hidden @ (module.scaling * values(view, site.blocks["B"])).to(x.dtype).mT
+    else:
+        out = hidden @ (module.scaling * module.B).to(x.dtype).mT
+    return out.view(*x.shape[:-1], -1)
+
+
+@probed(nn.Linear)
+def linear(site: Site, view: View, x: Tensor) -> Any:
+    """Directions per example on a small layer (a head): one batched product."""
+    module = site.module
+    assert isinstance(module, nn.Linear)
+    each = rows_per_part(site, view, len(x))
+    if not each or not view.lanes or _too_large(view, site):
+        return NotImplemented
+    parts = by_part(view, x, each)
+    if "weight" in site.blocks:
+        out = parts @ values(view, site.blocks["weight"]).mT
+    else:
+        out = F.linear(parts, module.weight)
+    if "bias" in site.blocks:
+        out = out + values(view, site.blocks["bias"]).unsqueeze(1)
+    elif module.bias is not None:
+        out = out + module.bias
+    return out.view(*x.shape[:-1], -1)
+
+
+@probed(nn.LayerNorm)
+def layer_norm(site: Site, view: View, x: Tensor) -> Any:
+    """One normalisation for all parts, then each part's gain and bias."""
+    module = site.module
+    assert isinstance(module, nn.LayerNorm)
+    each = rows_per_part(site, view, len(x))
+    if not each or len(module.normalized_shape) != 1:
+        return NotImplemented
+    out = by_part(view, F.layer_norm(x, module.normalized_shape, eps=module.eps), each)
+    for attribute, apply in (("weight", torch.mul), ("bias", torch.add)):
+        own = getattr(module, attribute)
+        if attribute in site.blocks:
+            out = apply(out, values(view, site.blocks[attribute]).unsqueeze(1))
+        elif own is not None:
+            out = apply(out, own)
+    return out.view(x.shape)
+
+
+@probed(nn.Embedding)
+def embedding(site: Site, view: View, ids: Tensor) -> Any:
+    """Only the rows that the batch looks up are drawn."""
+    module, block = site.module, site.blocks["weight"]
+    assert isinstance(module, nn.Embedding) and isinstance(block, FloatBlock)
+    each = rows_per_part(site, view, len(ids))
+    if not each or view.lanes or module.max_norm is not None or not isinstance(block.reach, float):
+        return NotImplemented
+    rows, place = torch.unique(ids, return_inverse=True)
+    drawn: dict[Any, Tensor] = {}
+    tables = []
+    for probe in view.probes:
+        if probe.key not in drawn and probe.step:
+            drawn[probe.key] = view.perturbation.draw_rows(probe.key, block, rows.tolist())
+        tables.append(block.at_rows(rows, drawn.get(probe.key), probe.step))
+    offsets = torch.arange(len(view.probes), device=ids.device) * len(rows)
+    place = place.view(len(view.probes), -1) + offsets.unsqueeze(1)
+    return F.embedding(place.view(ids.shape), torch.cat(tables))
+
+
+@probed(QuantLinear)
+def quant_linear(site: Site, view: View, x: Tensor) -> Any:
+    """Scales per output channel: one product with the codes serves all parts."""
+    module = site.module
+    assert isinstance(module, QuantLinear)
+    if set(site.blocks) != {"scale"} or module.zero is not None or module.scale.shape[1] != 1:
+        return NotImplemented
+    each = rows_per_part(site, view, len(x))
+    if not each:
+        return NotImplemented
+    scale = values(view, site.blocks["scale"]).mT  # (parts, 1, out or 1)
+    out = by_part(view, _times_codes(x, module), each) * scale
+    if module.bias is not None:
+        out = out + module.bias
+    return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _times_codes(x: Tensor, module: QuantLinear) -> Tensor:
+    """x @ codes^T in float32 (times the activations' own scales), before any weight scale."""
+    codes = module.unpacked()
+    if module.scheme.act_bits == 8 and codes.dtype == torch.int8:
+        product, x_scale = kernels.int8_product(x.reshape(-1, x.shape[-1]), codes)
+        return product * x_scale
+    dtype = module.compute_dtype or x.dtype
+    return F.linear(x.to(dtype), codes.to(dtype)).float()

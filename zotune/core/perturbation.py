@@ -1,0 +1,253 @@
+"""Perturbations: where directions come from.
+
+A direction is never stored: `draw` gives it again whenever it is wanted, for a whole block or for
+a run of its rows, and `combine` gives g = sum_k c_k u_k from the same numbers. What was probed is
+what is stepped along, because both come from here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from zotune.core import noise
+from zotune.core.block import Block, part
+from zotune.core.noise import Key, Law
+from zotune.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Perturbation(ABC):
+    """A law for u. Laws have E[u] = 0 and E[u u^T] = I per block unless their docstring says so."""
+
+    @abstractmethod
+    def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start:stop of u(key) for `block`; float32, shape (stop - start, *shape[1:])."""
+
+    def draw_lanes(self, keys: Sequence[Key], block: Block) -> Tensor:
+        """Directions of several keys at once: (len(keys), *block.shape)."""
+        return torch.stack([self.draw(key, block) for key in keys])
+
+    def draw_rows(self, key: Key, block: Block, rows: Sequence[int]) -> Tensor:
+        """Chosen rows of u(key): (len(rows), *shape[1:]); an embedding needs no others."""
+        return self.draw(key, block)[list(rows)]
+
+    def combine(
+        self, keys: Sequence[Key], coefficients: Sequence[float], block: Block, start: int, stop: int
+    ) -> Tensor:
+        """g[start:stop] = sum_k coefficients[k] * u_k[start:stop]."""
+        total = torch.zeros(_part_shape(block, start, stop), device=block.device)
+        for key, c in zip(keys, coefficients, strict=True):
+            total.add_(self.draw(key, block, start, stop), alpha=c)
+        return total
+
+
+def _part_shape(block: Block, start: int, stop: int) -> tuple[int, ...]:
+    return (stop - start, *block.shape[1:]) if block.shape else ()
+
+
+def _span(block: Block, start: int, stop: int | None) -> tuple[int, int, tuple[int, ...]]:
+    """Flat index range and shape of rows start:stop."""
+    stop = block.rows if stop is None else stop
+    width = block.numel // max(block.rows, 1)
+    return start * width, stop * width, _part_shape(block, start, stop)
+
+
+@dataclass(frozen=True)
+class _Independent(Perturbation):
+    """Elements drawn independently from one law: compiled, chunked and summed without a tensor."""
+
+    law: ClassVar[Law]
+    gain: ClassVar[float] = 1.0
+
+    def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
+        low, high, shape = _span(block, start, stop)
+        u = noise.draw(self.law, key, block.name, low, high, block.device).view(shape)
+        return u if self.gain == 1.0 else u.mul_(self.gain)
+
+    def draw_lanes(self, keys: Sequence[Key], block: Block) -> Tensor:
+        starts = [0] * len(keys)
+        u = noise.draw_rows(self.law, keys, block.name, starts, block.numel, block.device)
+        u = u.view(len(keys), *block.shape)
+        return u if self.gain == 1.0 else u.mul_(self.gain)
+
+    def draw_rows(self, key: Key, block: Block, rows: Sequence[int]) -> Tensor:
+        width = block.numel // block.rows
+        starts = [r * width for r in rows]
+        u = noise.draw_rows(self.law, [key] * len(starts), block.name, starts, width, block.device)
+        u = u.view(len(starts), *block.shape[1:])
+        return u if self.gain == 1.0 else u.mul_(self.gain)
+
+    def combine(
+        self, keys: Sequence[Key], coefficients: Sequence[float], block: Block, start: int, stop: int
+    ) -> Tensor:
+        low, high, shape = _span(block, start, stop)
+        total = torch.zeros(high - low, device=block.device)
+        scaled = [c * self.gain for c in coefficients]
+        return noise.combine_(total, self.law, keys, scaled, block.name, low).view(shape)
+
+
+@dataclass(frozen=True)
+class Gaussian(_Independent):
+    """u ~ N(0, I), as MeZO (Malladi et al. 2023, arXiv 2305.17333)."""
+
+    law: ClassVar[Law] = "gaussian"
+
+
+@dataclass(frozen=True)
+class Rademacher(_Independent):
+    """u uniform on {-1, +1}^d: the same mean and covariance as Gaussian, less variance, one bit each.
+
+    >>> import torch; from zotune.core.block import FloatBlock
+    >>> block = FloatBlock.of("w", torch.zeros(2, 3))
+    >>> sorted(set(Rademacher().draw(Key(0), block).abs().flatten().tolist()))
+    [1.0]
+    """
+
+    law: ClassVar[Law] = "rademacher"
+
+
+@dataclass(frozen=True)
+class Uniform(_Independent):
+    """u uniform on [-sqrt 3, sqrt 3)^d, variance 1."""
+
+    law: ClassVar[Law] = "uniform"
+    gain: ClassVar[float] = 3.0**0.5
+
+
+@dataclass(frozen=True)
+class Sphere(Perturbation):
+    """u uniform on the sphere of radius sqrt(numel) in each block: u = z sqrt(n) / ||z||."""
+
+    def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
+        whole = Gaussian().draw(key, block)
+        whole = whole * (block.numel**0.5 / float(whole.double().norm()))
+        return whole[start:stop] if block.shape else whole
+
+
+@dataclass(frozen=True)
+class Sparse(Perturbation):
+    """A random share `density` of coordinates moves: u = m z / sqrt(density), m ~ Bernoulli."""
+
+    density: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise BadInput(f"density={self.density}; want 0 < density <= 1")
+
+    def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
+        low, high, shape = _span(block, start, stop)
+        chance = noise.draw("uniform", key, f"{block.name}#mask", low, high, block.device)
+        kept = (chance * 0.5 + 0.5 < self.density).view(shape)
+        return Gaussian().draw(key, block, start, stop) * kept * self.density**-0.5
+
+
+@dataclass(frozen=True)
+class LowRank(Perturbation):
+    """u = U V^T / sqrt(rank) for matrices, U and V Gaussian (EGGROLL 2025, arXiv 2511.16652).
+
+    Blocks that are not matrices, or not larger than the factors, are drawn Gaussian.
+    """
+
+    rank: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise BadInput(f"rank={self.rank}; want rank >= 1")
+
+    def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = block.rows if stop is None else stop
+        if len(block.shape) != 2 or self.rank >= min(block.shape):
+            return Gaussian().draw(key, block, start, stop)
+        columns = block.shape[1]
+        r = self.rank
+        left = noise.draw("gaussian", key, f"{block.name}#u", start * r, stop * r, block.device)
+        right = noise.draw("gaussian", key, f"{block.name}#v", 0, columns * r, block.device)
+        return left.view(-1, r) @ right.view(r, columns) * r**-0.5
+
+
+@dataclass(frozen=True)
+class Grid(Perturbation):
+    """u uniform on the whole numbers {-M, ..., M}, for integer codes (ZOQO, arXiv 2501.06736).
+
+    `radius` counts grid steps; with relative=False it is an absolute weight distance and
+    M = max(floor(radius / s), 1) for a code worth s. Only a share `density` of the coordinates
+    moves (1: the paper). Covariance M (M + 1) / 3 * density * I: the grid fixes it, not we.
+    """
+
+    radius: float = 1.0
+    relative: bool = True
+    density: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.radius > 0 and 0 < self.density <= 1):
+            raise BadInput(
+                f"radius={self.radius}, density={self.density}; want radius > 0, 0 < density <= 1"
+            )
+
+    def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
+        low, high, shape = _span(block, start, stop)
+        u = noise.draw("uniform", key, block.name, low, high, block.device).view(shape)
+        most = grid_steps(self.radius, self.relative, block, start, start + shape[0])
+        whole = ((u * 0.5 + 0.5) * (2 * most + 1)).floor_() - most
+        if self.density < 1:
+            chance = noise.draw("uniform", key, f"{block.name}#mask", low, high, block.device)
+            whole *= (chance * 0.5 + 0.5 < self.density).view(shape)
+        return whole
+
+
+def grid_steps(
+    amount: float, relative: bool, block: Block, start: int, stop: int
+) -> Tensor | float:
+    """max(floor(amount / s), 1): a distance as a whole number of codes, s = 1 if relative."""
+    if relative:
+        return max(amount // 1, 1.0)
+    if block.grid is None:
+        raise BadInput(
+            f"block {block.name!r} has no grid; absolute grid distances need the 'codes' space"
+        )
+    scale = part(block.grid, start, stop, block.rows)
+    assert isinstance(scale, Tensor)
+    return (amount / scale).floor().clamp_min(1.0)
+
+
+@dataclass(frozen=True)
+class Rounded(Perturbation):
+    """Gaussian u rounded stochastically to a `bits`-bit grid, twice and independently (QuZO 2025,
+    arXiv 2502.12346): u1 = SR_a(u) is probed, u2 = SR_b(u) is stepped along.
+
+    SR(x) = clamp(floor(k x) + Bernoulli(frac(k x))) / k with k = 2^(bits-1) / 4, so that the grid
+    spans four standard deviations. E[u2 u1^T | u] = u u^T inside the range; with one shared
+    rounding (as the released code does) the diagonal is biased by f (1 - f) / k^2.
+    """
+
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise BadInput(f"bits={self.bits}; noise is rounded to 2..8 bits")
+
+    def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._rounded("a", key, block, start, stop)
+
+    def combine(
+        self, keys: Sequence[Key], coefficients: Sequence[float], block: Block, start: int, stop: int
+    ) -> Tensor:
+        total = torch.zeros(_part_shape(block, start, stop), device=block.device)
+        for key, c in zip(keys, coefficients, strict=True):
+            total.add_(self._rounded("b", key, block, start, stop), alpha=c)
+        return total
+
+    def _rounded(self, which: str, key: Key, block: Block, start: int, stop: int | None) -> Tensor:
+        low, high, shape = _span(block, start, stop)
+        k = 2.0 ** (self.bits - 1) / 4
+        x = noise.draw("gaussian", key, block.name, low, high, block.device) * k
+        chance = noise.draw("uniform", key, f"{block.name}#{which}", low, high, block.device)
+        half = 2 ** (self.bits - 1)
+        whole = (x + (chance * 0.5 + 0.5)).floor_().clamp_(-half, half - 1)
+        return (whole / k).view(shape)

@@ -1,0 +1,50 @@
+"""Probes: points whose loss is wanted, and the losses that come back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zotune.core.noise import Key
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The point theta + step * u(key); `step = 0` is the base point.
+
+    With `per_example`, example b of the batch sees theta + step * u(key.fold(lane=b)): one
+    forward probes as many directions as the batch has examples.
+    """
+
+    key: Key
+    step: float
+    per_example: bool = False
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What an evaluator measured: one loss per probe and example, in float64.
+
+    per_example: (probes, examples). weights: (examples,), the share of each example in the batch
+    loss (tokens for language models), summing to 1. A loss without examples has one column.
+    """
+
+    per_example: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, values: list[float]) -> Losses:
+        """From one number per probe.
+
+        >>> Losses.of([1.0, 3.0]).mean.tolist()
+        [1.0, 3.0]
+        """
+        column = torch.tensor(values, dtype=torch.float64).view(-1, 1)
+        return cls(column, torch.ones(1, dtype=torch.float64))
+
+    @property
+    def mean(self) -> Tensor:
+        """The batch loss of each probe: (probes,)."""
+        return self.per_example @ self.weights

@@ -1,0 +1,73 @@
+"""LoRA adapters: A and B both tuned (Hu et al. 2021, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from zotune.core import noise
+from zotune.core.block import FloatBlock, Owner
+from zotune.core.noise import Key
+from zotune.core.space import Observe, Space, SpaceSpec, matching
+from zotune.core.spaces.parameters import rms
+from zotune.errors import BadInput
+from zotune.models.adapter import CHILD, LowRank, adapters, attach
+from zotune.models.linears import linears
+
+ATTENTION = r"(^|\.)(q|v|c_attn|query|value)(_proj|_lin)?$"
+"""MeZO's and PEFT's usual targets: query and value (GPT-2's c_attn holds them)."""
+
+
+@dataclass(frozen=True)
+class Lora(SpaceSpec):
+    """y = W x + (alpha / rank) B A x, B from zero, A from U(-1/sqrt in, 1/sqrt in) by `seed`.
+
+    Defaults as MeZO's: query and value, rank 8, alpha 16. Adapters that the model already has
+    (loaded from a PEFT folder) are tuned further. Unit of A: its rms; of B: 1/sqrt(rank in).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str | None = ATTENTION
+    seed: int = 0
+
+    def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
+        if self.rank < 1:
+            raise BadInput(f"rank={self.rank}; want rank >= 1")
+        if not any(adapters(model)):
+            layers = dict(linears(model))
+            wanted = matching(layers, self.targets)
+            for path, layer in layers.items():
+                if wanted(path):
+                    attach(layer, self._fresh(path, layer))
+        blocks = []
+        for path, _, adapter in adapters(model):
+            for attribute in ("A", "B"):
+                tensor = getattr(adapter, attribute)
+                unit = rms(tensor) if tensor.any() else (adapter.A.numel()) ** -0.5
+                owner = Owner(f"{path}.{CHILD}", adapter, attribute)
+                name = f"{path}.lora_{attribute}"
+                blocks.append(FloatBlock.of(name, tensor, [owner], unit=unit, decay=True, **self.options))
+        return Space(blocks)
+
+    def _fresh(self, path: str, layer: nn.Module) -> LowRank:
+        inputs, outputs = sizes(layer)
+        u = noise.draw("uniform", Key(self.seed), f"{path}.lora_A#init", 0, self.rank * inputs)
+        return LowRank(
+            u.view(self.rank, inputs) * inputs**-0.5,
+            torch.zeros(outputs, self.rank),
+            self.alpha / self.rank,
+        ).to(device_of(layer))
+
+
+def sizes(layer: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer of any kind."""
+    if hasattr(layer, "in_features"):
+        return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+    return int(layer.nx), int(layer.nf)  # type: ignore[arg-type]
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    return next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))

@@ -1,0 +1,121 @@
+"""Spaces over float parameters: all of them, norms, biases, the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from zotune.core.block import FloatBlock, Owner
+from zotune.core.space import Observe, Space, SpaceSpec, matching, owners_of
+from zotune.errors import BadInput
+from zotune.models.adapter import CHILD
+
+_DECAYED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+_ZERO_UNIT = 0.02  # unit of a block that is all zeros: the usual std of initial weights
+
+Keep = Callable[[Owner], bool]
+
+
+def blocks_of(model: nn.Module, spec: SpaceSpec, keep: Keep, pattern: str | None, what: str, keep_master: bool = True) -> Space:
+    """Float blocks over the parameters whose first owner passes `keep` and whose name matches.
+
+    Tied parameters are one block. The unit of a block is the rms of its values.
+    """
+    owners = owners_of(model)
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and CHILD not in name
+        and any(keep(o) for o in owners[id(parameter)])
+    }
+    if not found:
+        raise BadInput(f"this model has no {what} to tune; see `zotune list spaces`")
+    wanted = matching(found, pattern)
+    blocks = []
+    for name, parameter in found.items():
+        if wanted(name):
+            held = tuple(owners[id(parameter)])
+            blocks.append(
+                FloatBlock.of(
+                    name, parameter, held, unit=rms(parameter), decay=_decays(held),
+                    keep_master=keep_master, eps=spec.eps, lr=spec.lr,
+                )
+            )  # fmt: skip
+    return Space(blocks)
+
+
+def rms(tensor: Tensor) -> float:
+    """Root mean square, with a floor for tensors of zeros."""
+    value = float(tensor.detach().float().square().mean().sqrt()) if tensor.numel() else 0.0
+    return value or _ZERO_UNIT
+
+
+def _decays(owners: tuple[Owner, ...]) -> bool:
+    """Weight decay is for matrices of layers, told by module type, never by name."""
+    conv1d = any(type(o.module).__name__ == "Conv1D" for o in owners)
+    typed = any(isinstance(o.module, _DECAYED) for o in owners)
+    return (typed or conv1d) and all(o.attribute == "weight" for o in owners)
+
+
+def is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def heads(model: nn.Module) -> set[int]:
+    """ids of the modules that make the output: a `head`, a classifier, or the output embedding."""
+    names = ("head", "score", "classifier", "qa_outputs")
+    found = {id(m) for n in names if isinstance(m := getattr(model, n, None), nn.Module)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is not None:
+        found.add(id(output))
+    return {i for i in found} | {
+        id(child) for m in model.children() if id(m) in found for child in m.modules()
+    }
+
+
+@dataclass(frozen=True)
+class Weights(SpaceSpec):
+    """Every float parameter, or those whose name matches `pattern`: MeZO's full tuning.
+
+    16-bit weights are moved by stochastic rounding, so that there is no second copy of them.
+    """
+
+    pattern: str | None = None
+
+    def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
+        return blocks_of(model, self, lambda o: True, self.pattern, "float parameters", False)
+
+
+@dataclass(frozen=True)
+class Norms(SpaceSpec):
+    """Gains and biases of normalisation layers."""
+
+    pattern: str | None = None
+
+    def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
+        return blocks_of(model, self, lambda o: is_norm(o.module), self.pattern, "norms")
+
+
+@dataclass(frozen=True)
+class Biases(SpaceSpec):
+    """Biases of all layers but norms."""
+
+    pattern: str | None = None
+
+    def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
+        def keep(owner: Owner) -> bool:
+            return owner.attribute == "bias" and not is_norm(owner.module)
+
+        return blocks_of(model, self, keep, self.pattern, "biases")
+
+
+@dataclass(frozen=True)
+class Head(SpaceSpec):
+    """The output layer: a classifier's head or a language model's output embedding."""
+
+    def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
+        inside = heads(model)
+        return blocks_of(model, self, lambda o: id(o.module) in inside, None, "head")

@@ -1,0 +1,107 @@
+"""One file, one method. A factory in any file of this folder, marked with `@method`, is found by
+the command line, the docs and the test matrix with no other edit."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from zotune.core.backprop import Backprop
+from zotune.core.calls import nearest, split_calls
+from zotune.core.method import Method
+from zotune.errors import BadInput, ZotuneError
+
+AnyMethod = Method | Backprop
+Factory = Callable[..., AnyMethod]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What `zotune list methods` shows of a method."""
+
+    name: str
+    factory: Factory
+    paper: str
+    year: int
+    arxiv: str
+    spaces: tuple[str, ...]
+    memory: str
+
+    @property
+    def default_space(self) -> str:
+        return self.spaces[0]
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.factory) or "").split("\n")[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {n: p.default for n, p in inspect.signature(self.factory).parameters.items()}
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def method(
+    *, paper: str, year: int, arxiv: str, spaces: tuple[str, ...], memory: str
+) -> Callable[[Factory], Factory]:
+    """Mark a factory as a method. Its name is the function's, with dashes; the first of `spaces`
+    is its default; `memory` says in words what it keeps beyond inference."""
+
+    def mark(factory: Factory) -> Factory:
+        name = factory.__name__.replace("_", "-")
+        if name in _ENTRIES:
+            raise ZotuneError(f"there is already a method called {name!r}; choose a unique name")
+        _ENTRIES[name] = Entry(name, factory, paper, year, arxiv, spaces, memory)
+        return factory
+
+    return mark
+
+
+def entries() -> dict[str, Entry]:
+    """All methods by name, in alphabetical order."""
+    for info in pkgutil.iter_modules(__path__):
+        import_module(f"{__name__}.{info.name}")
+    return dict(sorted(_ENTRIES.items()))
+
+
+def entry(name: str) -> Entry:
+    """One method's entry; an unknown name offers the nearest."""
+    known = entries()
+    name = name.replace("_", "-")
+    if name not in known:
+        raise BadInput(f"unknown method {name!r}{nearest(name, known)}")
+    return known[name]
+
+
+def get(name: str, **options: Any) -> AnyMethod:
+    """A method by name with its options.
+
+    >>> get("mezo", eps=1e-2).estimator.eps
+    0.01
+    """
+    found = entry(name)
+    unknown = sorted(set(options) - set(found.options))
+    if unknown:
+        raise BadInput(
+            f"method {found.name!r} has no option {unknown[0]!r}{nearest(unknown[0], found.options)}"
+        )
+    return found.factory(**options)
+
+
+def parse(text: str, **overrides: Any) -> AnyMethod:
+    """A method from a short call; overrides win.
+
+    >>> parse("zo-sign(queries=2)", eps=1e-2).forwards
+    4
+    """
+    calls = split_calls(text)
+    if len(calls) != 1:
+        raise BadInput(f"cannot read method {text!r}: want one name(option=value)")
+    name, options = calls[0]
+    return get(name, **{**options, **overrides})

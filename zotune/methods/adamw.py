@@ -1,0 +1,29 @@
+"""AdamW with exact gradients: the backprop baseline."""
+
+from zotune.core.backprop import Backprop
+from zotune.core.method import Schedule
+from zotune.methods import method
+
+
+@method(
+    paper="Decoupled Weight Decay Regularization",
+    year=2019,
+    arxiv="1711.05101",
+    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros"),
+    memory="activations + 16 bytes per tuned element (leaf, gradient, two moments)",
+)
+def adamw(
+    lr: float = 3e-5,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    schedule: str = "linear",
+    warmup: int = 0,
+) -> Backprop:
+    """torch.optim.AdamW on any float space, by backpropagation (Loshchilov & Hutter 2019).
+
+    >>> adamw().forwards
+    1
+    """
+    return Backprop("adamw", lr, b1, b2, weight_decay, clip, Schedule(schedule, warmup))

@@ -1,0 +1,262 @@
+"""Loading a model and its tokenizer from a folder or the hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from zotune.errors import BadInput, FormatError
+from zotune.models.encoder import HEAD_KEY, PooledClassifier, read_head
+from zotune.quant import QuantLinear, Scheme, formats, quantize_model_
+from zotune.quant.formats.tensors import read_json
+
+log = logging.getLogger("zotune")
+KINDS: Final = ("causal", "encoder", "classifier")
+DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
+    "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model with what is needed to run and save it.
+
+    Attributes:
+        model: in eval mode.
+        tokenizer: None if the folder has none.
+        kind: "causal", "encoder" or "classifier".
+        path: the local folder; pass it as `source` when writing.
+        config: the transformers configuration.
+        format: name of the checkpoint's format.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    kind: str
+    path: Path
+    config: Any
+    format: str
+
+
+def load(
+    path: str | Path,
+    *,
+    kind: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    scheme: str | Scheme | None = None,
+    exclude: tuple[str, ...] = ("lm_head",),
+    compute_dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    device: str | torch.device = "cpu",
+) -> Loaded:
+    """Load a model and its tokenizer.
+
+    Args:
+        path: a local folder, or a hub id such as "org/name".
+        kind: "causal", "encoder", "classifier", or "auto" to tell from the config. A folder written
+            from a `PooledClassifier` loads as one, of kind "classifier"; with kind="encoder" the
+            encoder alone.
+        dtype: of float tensors: "float32", "bfloat16", "float16", or "auto": what is stored for
+            quantized folders, else float32 on the CPU and the config's dtype elsewhere.
+        scheme: quantize a float model to nearest while loading, such as "int4-g64".
+        exclude: layers that `scheme` leaves alone.
+        compute_dtype: dtype of quantized layers' products: "auto" takes bfloat16 where the CPU
+            multiplies it in hardware, "float32" and "bfloat16" as they say.
+        trust_remote_code: whether Python files of the checkpoint may run.
+        device: where the model goes.
+
+    Raises:
+        BadInput: for an unknown kind or dtype, or a scheme that does not fit.
+        FormatError: for a folder that is missing, damaged or of an unknown format.
+    """
+    folder = find_folder(path, trust_remote_code)
+    found = formats.detect(folder)
+    config = read_json(folder / "config.json")
+    resolved = resolve_kind(config, kind, folder)
+    pooled = HEAD_KEY in config and resolved == "classifier"
+    if scheme is not None and found != "float":
+        raise BadInput(
+            f"{folder} is already quantized; leave scheme out or load a float checkpoint"
+        )
+    model = formats.read(
+        folder,
+        _auto_class("encoder" if pooled else resolved),
+        dtype=_resolve_dtype(dtype, found, device, config),
+        trust_remote_code=trust_remote_code,
+    )
+    if scheme is not None:
+        quantize_model_(model, scheme, exclude)
+    set_compute_dtype_(model, compute_dtype)
+    inner_config = model.config
+    if pooled:
+        model = PooledClassifier(model, *read_head(folder))
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    return Loaded(model.to(device).eval(), tokenizer, resolved, folder, inner_config, found)
+
+
+def find_folder(path: str | Path, trust_remote_code: bool = False) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded, weights as safetensors only.
+
+    Raises:
+        FormatError: if there is no such folder and the hub does not deliver.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FormatError(f"{folder} is a file; give the folder of a checkpoint")
+    if not _HUB_ID.fullmatch(str(path)):
+        raise FormatError(f"{folder} does not exist; give a checkpoint folder or a hub id")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    try:
+        return Path(
+            snapshot_download(
+                str(path),
+                allow_patterns=[*wanted, "*.py"] if trust_remote_code else wanted,
+                ignore_patterns=["*/*"],
+            )
+        )
+    except Exception as error:  # the hub client's errors have no common base
+        raise FormatError(
+            f"{path!r} is no folder here, and the hub did not deliver it ({error})"
+        ) from error
+
+
+def resolve_kind(config: dict[str, Any], kind: str, folder: Path) -> str:
+    """The kind asked for or, for "auto", the one the configuration tells.
+
+    >>> resolve_kind({"architectures": ["LlamaForCausalLM"]}, "auto", Path("."))
+    'causal'
+    """
+    if kind in KINDS:
+        return kind
+    if kind != "auto":
+        raise BadInput(f"kind={kind!r} is unknown; use 'auto' or one of {KINDS}")
+    names = config.get("architectures") or [""]
+    if HEAD_KEY in config or names[0].endswith("ForSequenceClassification"):
+        return "classifier"
+    if names[0].endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal"
+    from transformers.models.auto import modeling_auto as auto
+
+    model_type = config.get("model_type")
+    if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "causal"
+    raise BadInput(
+        f"{folder} is a {names[0] or model_type!r}, whose kind is not known; "
+        f"give kind= one of {KINDS}"
+    )
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer with a padding token, or None where it has no tokenizer files.
+
+    A tokenizer without a padding token pads with its end-of-text token, and a log line says so.
+
+    Raises:
+        FormatError: if the files are there but damaged.
+    """
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        _say_once(f"{folder} has no tokenizer files; the model is loaded without a tokenizer")
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # tokenizer back ends raise bare Exception for damaged files
+        raise FormatError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        _say_once(f"{folder}: the tokenizer has no padding token; {tokenizer.eos_token!r} is used")
+    return tokenizer
+
+
+@cache
+def _say_once(message: str) -> None:
+    log.warning(message)
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id to pad with.
+
+    Raises:
+        BadInput: if the tokenizer has neither a padding nor an end-of-text token.
+    """
+    found = getattr(tokenizer, "pad_token_id", None)
+    if found is None:
+        raise BadInput(
+            "the tokenizer has neither a padding nor an end-of-text token, and a batch of texts "
+            "needs one; set tokenizer.pad_token or use batch_size=1"
+        )
+    return int(found)
+
+
+def set_compute_dtype_(model: nn.Module, compute_dtype: str | torch.dtype = "auto") -> None:
+    """Set the dtype in which QuantLinear layers multiply.
+
+    "auto" is bfloat16 where the CPU has instructions for it, else the input's dtype.
+
+    Raises:
+        BadInput: for an unknown dtype.
+    """
+    chosen = None if compute_dtype == "auto" else parse_dtype(compute_dtype)
+    if compute_dtype == "auto" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
+        chosen = torch.bfloat16
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.compute_dtype = chosen
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from its name.
+
+    >>> parse_dtype("bfloat16")
+    torch.bfloat16
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise BadInput(f"dtype={name!r} is not supported; use 'auto' or one of {sorted(DTYPES)}")
+    return DTYPES[name]
+
+
+def _resolve_dtype(
+    dtype: str | torch.dtype, found: str, device: str | torch.device, config: dict[str, Any]
+) -> torch.dtype | None:
+    if dtype != "auto":
+        return parse_dtype(dtype)
+    if found != "float" or torch.device(device).type == "cpu":
+        return None
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return DTYPES.get(str(stored), torch.float32)
+
+
+def _auto_class(kind: str) -> Any:
+    import transformers
+
+    return {
+        "causal": transformers.AutoModelForCausalLM,
+        "encoder": transformers.AutoModel,
+        "classifier": transformers.AutoModelForSequenceClassification,
+    }[kind]

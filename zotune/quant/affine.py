@@ -1,0 +1,234 @@
+"""Affine quantization on uniform grids: weight = (code - zero) * scale.
+
+Codes are signed and centred: integers in [-2^(b-1), 2^(b-1) - 1]. A symmetric scheme has no zero;
+an asymmetric one keeps its zero in the same centred coordinates. Everything here is a pure
+function of tensors, written in float32, and serves as the reference for every kernel.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from zotune.errors import BadInput
+
+BITS: Final = (2, 3, 4, 8)
+GRANULARITIES: Final = ("group", "channel", "tensor")
+# The scale of an all-zero group: exact in float16, and harmless when codes move.
+EMPTY_SCALE: Final = 2.0**-20
+_SCHEME = re.compile(
+    r"int(?P<bits>\d+)-(?P<unit>g\d+|channel|tensor)(?P<asym>-asym)?(?P<act>-a\d+)?"
+)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight is quantized; `str(scheme)` and `Scheme.parse` are inverses.
+
+    Args:
+        bits: width of a code: 2, 3, 4 or 8.
+        symmetric: True for no zero point, False for one zero per scale.
+        group_size: input columns in a row that share a scale; None unless granularity is "group".
+        granularity: "group", "channel" (one scale per output row) or "tensor" (a single scale).
+        act_bits: 8 quantizes activations to int8 per token at run time; None leaves them alone.
+
+    Raises:
+        BadInput: for a combination that does not exist.
+
+    >>> Scheme.parse("int4-g64-asym")
+    Scheme(bits=4, symmetric=False, group_size=64, granularity='group', act_bits=None)
+    >>> str(Scheme(bits=8, group_size=None, granularity="channel", act_bits=8))
+    'int8-channel-a8'
+    """
+
+    bits: int = 4
+    symmetric: bool = True
+    group_size: int | None = 64
+    granularity: str = "group"
+    act_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise BadInput(f"bits={self.bits!r} is not supported; use one of {BITS}")
+        if self.granularity not in GRANULARITIES:
+            raise BadInput(
+                f"granularity={self.granularity!r} is unknown; use one of {GRANULARITIES}"
+            )
+        if self.granularity == "group" and (self.group_size is None or self.group_size < 1):
+            raise BadInput(
+                f"granularity='group' needs a group_size >= 1, got {self.group_size!r}; "
+                "give one or use granularity='channel'"
+            )
+        if self.granularity != "group" and self.group_size is not None:
+            raise BadInput(
+                f"granularity={self.granularity!r} takes no group_size, got {self.group_size!r}; "
+                "use group_size=None"
+            )
+        if self.act_bits not in (None, 8):
+            raise BadInput(f"act_bits={self.act_bits!r} is not supported; use 8 or None")
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        """Read a scheme written as `int<bits>-g<size>|channel|tensor[-asym][-a8]`.
+
+        Raises:
+            BadInput: if the text does not have that form.
+
+        >>> Scheme.parse("int8-tensor").granularity
+        'tensor'
+        """
+        match = _SCHEME.fullmatch(text.strip().lower())
+        if match is None:
+            raise BadInput(
+                f"scheme {text!r} is not understood; write int<bits>-g<size>, int<bits>-channel or "
+                "int<bits>-tensor, then optionally -asym and -a8, for example 'int4-g64'"
+            )
+        unit, act = match["unit"], match["act"]
+        grouped = unit.startswith("g")
+        return cls(
+            bits=int(match["bits"]),
+            symmetric=match["asym"] is None,
+            group_size=int(unit[1:]) if grouped else None,
+            granularity="group" if grouped else unit,
+            act_bits=int(act[2:]) if act else None,
+        )
+
+    def __str__(self) -> str:
+        unit = f"g{self.group_size}" if self.granularity == "group" else self.granularity
+        asym = "" if self.symmetric else "-asym"
+        act = f"-a{self.act_bits}" if self.act_bits else ""
+        return f"int{self.bits}-{unit}{asym}{act}"
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code, -2^(b-1)."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The largest code, 2^(b-1) - 1."""
+        return (1 << (self.bits - 1)) - 1
+
+    def scale_shape(self, rows: int, columns: int, name: str = "weight") -> tuple[int, int]:
+        """Shape of the scale of a (rows, columns) weight.
+
+        Raises:
+            BadInput: if group_size does not divide columns; the message names sizes that do.
+
+        >>> Scheme.parse("int4-g64").scale_shape(10, 128)
+        (10, 2)
+        """
+        if self.granularity == "tensor":
+            return (1, 1)
+        if self.group_size is None:
+            return (rows, 1)
+        if columns % self.group_size:
+            raise BadInput(
+                f"group_size={self.group_size} does not divide in_features={columns} of {name!r}; "
+                f"use {nearest_divisors(columns, self.group_size)} or exclude it"
+            )
+        return (rows, columns // self.group_size)
+
+
+def nearest_divisors(columns: int, wanted: int) -> str:
+    """The divisors of `columns` just below and above `wanted`, as words for an error message.
+
+    >>> nearest_divisors(1000, 48)
+    '40 or 50'
+    """
+    divisors = [d for d in range(1, columns + 1) if columns % d == 0]
+    below = [d for d in divisors if d < wanted][-1:]
+    above = [d for d in divisors if d > wanted][:1]
+    return " or ".join(str(d) for d in (below + above))
+
+
+def quantize(
+    weight: Tensor, scheme: Scheme, name: str = "weight"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round a weight to the nearest point of its grid.
+
+    symmetric:  scale = max(max(w) / (2^(b-1) - 1), -min(w) / 2^(b-1)),  code = round(w / scale)
+    asymmetric: scale = (max(w, 0) - min(w, 0)) / (2^b - 1)
+                zero  = round(-2^(b-1) - min(w, 0) / scale),  code = round(w / scale + zero)
+
+    The grid covers every weight, so the error is at most scale / 2.
+
+    Args:
+        weight: (out, in), any float dtype.
+        scheme: what to quantize to.
+        name: the layer's name, for messages.
+
+    Returns:
+        codes int8 (out, in), scale float32 and zero float32 or None, both shaped by
+        `Scheme.scale_shape`.
+
+    Raises:
+        BadInput: if the weight is not a finite matrix or the group size does not divide it.
+
+    >>> codes, scale, zero = quantize(torch.tensor([[-8.0, 3.4]]), Scheme.parse("int4-channel"))
+    >>> codes.tolist(), scale.item(), zero
+    ([[-8, 3]], 1.0, None)
+    """
+    if weight.dim() != 2:
+        raise BadInput(f"weight of {name!r} has shape {tuple(weight.shape)}; wanted (out, in)")
+    shape = scheme.scale_shape(weight.shape[0], weight.shape[1], name)
+    grouped = _grouped(weight.detach().float(), shape)
+    if not torch.isfinite(grouped).all():
+        raise BadInput(
+            f"weight of {name!r} holds NaN or infinity; repair the checkpoint or exclude it"
+        )
+    low, high = _extremes(grouped, shape)
+    if scheme.symmetric:
+        scale = torch.maximum(high / scheme.highest, low / scheme.lowest)
+        scale = _not_empty(scale)
+        zero = None
+        codes = grouped / scale.unsqueeze(-1)
+    else:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        scale = _not_empty((high - low) / (scheme.highest - scheme.lowest))
+        zero = torch.round(scheme.lowest - low / scale).clamp(scheme.lowest, scheme.highest)
+        codes = grouped / scale.unsqueeze(-1) + zero.unsqueeze(-1)
+    codes = codes.round_().clamp_(scheme.lowest, scheme.highest).to(torch.int8)
+    return codes.reshape(weight.shape), scale, zero
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """The float32 weight (codes - zero) * scale.
+
+    Args:
+        codes: (out, in), integers or, for probed values, fractional floats.
+        scale: (out, groups), (out, 1) or (1, 1).
+        zero: like scale, or None for symmetric grids.
+
+    >>> dequantize(torch.tensor([[1, -2]], dtype=torch.int8), torch.tensor([[0.5]])).tolist()
+    [[0.5, -1.0]]
+    """
+    grouped = _grouped(codes.float(), tuple(scale.shape))
+    if zero is not None:
+        grouped = grouped - zero.float().unsqueeze(-1)
+    return (grouped * scale.float().unsqueeze(-1)).reshape(codes.shape)
+
+
+def _grouped(matrix: Tensor, scale_shape: tuple[int, ...]) -> Tensor:
+    """View (out, in) as (out, groups, in / groups)."""
+    rows, columns = matrix.shape
+    groups = scale_shape[-1]
+    return matrix.reshape(rows, groups, columns // groups)
+
+
+def _extremes(grouped: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    if grouped.numel() == 0:
+        empty = grouped.new_zeros(shape)
+        return empty, empty.clone()
+    if shape == (1, 1):
+        return grouped.min().reshape(1, 1), grouped.max().reshape(1, 1)
+    return grouped.amin(-1), grouped.amax(-1)
+
+
+def _not_empty(scale: Tensor) -> Tensor:
+    """Replace scales too small to divide by (all-zero groups) by EMPTY_SCALE."""
+    return torch.where(scale > torch.finfo(torch.float32).tiny, scale, EMPTY_SCALE)

@@ -1,0 +1,110 @@
+"""Replacing a folder as a whole, and the files that travel with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Final
+
+from zotune.errors import BadInput, FormatError
+from zotune.quant.formats.tensors import INDEX
+
+# Tokenizer, generation and remote-code files; weights, their index and config.json are rewritten.
+COMPANIONS: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+# sentence-transformers keeps the settings of its modules in numbered folders.
+NESTED: Final = "[0-9]_*/config.json"
+REWRITTEN: Final = ("config.json", "*.index.json", "*.safetensors")
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield a fresh folder beside `folder` that takes its place when the block ends well.
+
+    On an error the fresh folder is removed and the old one left as it was. Files of the old folder
+    that the fresh one lacks are kept, except weights and their index.
+
+    Raises:
+        BadInput: if `folder` exists and is neither empty nor a checkpoint.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise BadInput(f"{folder} is not empty and holds no checkpoint; give another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        yield fresh
+        fresh.chmod(0o777 & ~_umask())
+        _sync(fresh)
+        _swap(fresh, folder)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation and code files that `target` does not have yet.
+
+    Raises:
+        FormatError: if the source folder is not there.
+    """
+    if not source.is_dir():
+        raise FormatError(f"{source} is not a folder; give the folder the model was loaded from")
+    for path in sorted(source.iterdir()):
+        wanted = any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS)
+        rewritten = any(fnmatchcase(path.name, pattern) for pattern in REWRITTEN)
+        if path.is_file() and wanted and not rewritten:
+            # The source's own file is kept byte for byte, even where saving made another.
+            shutil.copyfile(path, target / path.name)
+    for path in sorted(source.glob(NESTED)):
+        (target / path.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / path.parent.name / path.name)
+
+
+def _swap(fresh: Path, folder: Path) -> None:
+    if not folder.exists():
+        fresh.rename(folder)
+        _sync_directory(folder.parent)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+    folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    _sync_directory(folder.parent)
+    for path in old.iterdir():
+        stale = path.name == INDEX or path.suffix == ".safetensors"
+        if not stale and not (folder / path.name).exists():
+            path.rename(folder / path.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file to the disk before the folder takes its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_directory(folder)
+
+
+def _sync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,222 @@
+"""Format "zotune": a transformers folder whose linear layers hold codes and scales.
+
+`config.json` carries
+`"quantization_config": {"quant_method": "zotune", "version": 1, "scheme": "int4-g64",
+"modules": [...], "scale_dtype": "float32"}`, and `model.safetensors` the tensors
+`<module>.codes`, `.scale`, `.zero`, `.bias` besides the float ones. Tied tensors are stored once.
+Modules of another scheme than the first are listed under "schemes": {module: scheme}.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from zotune.errors import BadInput, FormatError
+from zotune.quant.affine import Scheme
+from zotune.quant.formats.build import assign_, empty_model
+from zotune.quant.formats.tensors import SINGLE, check_files, listing, read_json, read_tensors
+from zotune.quant.linear import QuantLinear, is_conv1d
+from zotune.quant.model import replace_
+
+log = logging.getLogger("zotune")
+VERSION: Final = 1
+SCALE_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16}
+
+
+class NativeFormat:
+    """zotune's own checkpoints."""
+
+    name = "zotune"
+
+    def detect(self, folder: Path) -> bool:
+        """Whether the folder's config names zotune as its quantizer."""
+        record = read_json(folder / "config.json").get("quantization_config")
+        return isinstance(record, dict) and record.get("quant_method") == "zotune"
+
+    def read(
+        self, folder: Path, auto: Any, dtype: torch.dtype | None, trust_remote_code: bool
+    ) -> nn.Module:
+        """The model with QuantLinear layers; `dtype` None keeps float tensors as they are stored.
+
+        Raises:
+            FormatError: for a damaged file, an unknown version, or tensors that do not fit.
+        """
+        from transformers import AutoConfig
+
+        schemes, scale_dtype = _read_record(folder)
+        names = check_files(folder)
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        for extra in ("quantization_config", "zotune_head"):
+            if hasattr(config, extra):
+                delattr(config, extra)
+        model = empty_model(config, auto, names, trust_remote_code)
+        _place_layers_(model, schemes, scale_dtype, folder)
+        tensors = read_tensors(folder)
+        assign_(model, _in_memory(tensors, schemes, scale_dtype, dtype, folder), folder)
+        _restore_generation_config_(model, folder)
+        return model.eval()
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Save config and weights into an existing folder.
+
+        Raises:
+            BadInput: if the model has no config, or its layers disagree on `scale_dtype`.
+        """
+        from safetensors.torch import save_file
+
+        config = getattr(model, "config", None)
+        if config is None or not hasattr(config, "save_pretrained"):
+            raise BadInput(
+                f"{type(model).__name__} has no config to save; give a transformers model"
+            )
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        record = _make_record(layers)
+        config.save_pretrained(folder)
+        path = folder / "config.json"
+        saved = read_json(path)
+        saved["architectures"] = [type(model).__name__]
+        saved["dtype"] = str(_float_dtype(model)).removeprefix("torch.")
+        saved["quantization_config"] = record
+        path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(_on_disk(model, layers), folder / SINGLE, metadata={"format": "pt"})
+
+
+def _read_record(folder: Path) -> tuple[dict[str, Scheme], torch.dtype]:
+    record = read_json(folder / "config.json").get("quantization_config") or {}
+    where = f"quantization_config of {folder / 'config.json'}"
+    if record.get("version") != VERSION:
+        raise FormatError(
+            f"{where} has version={record.get('version')!r}; this zotune reads {VERSION}: update it"
+        )
+    modules, other = record.get("modules"), record.get("schemes", {})
+    if not isinstance(modules, list) or not isinstance(other, dict):
+        raise FormatError(f"{where} has no list of modules; fetch it again")
+    if record.get("scale_dtype") not in SCALE_DTYPES:
+        raise FormatError(
+            f"{where} has scale_dtype={record.get('scale_dtype')!r}; wanted {sorted(SCALE_DTYPES)}"
+        )
+    try:
+        first = str(record.get("scheme"))
+        schemes = {str(name): Scheme.parse(str(other.get(name, first))) for name in modules}
+    except BadInput as error:
+        raise FormatError(f"{where}: {error}") from error
+    return schemes, SCALE_DTYPES[record["scale_dtype"]]
+
+
+def _make_record(layers: dict[str, QuantLinear]) -> dict[str, Any]:
+    dtypes = {layer.scale_dtype for layer in layers.values()}
+    if len(dtypes) != 1 or not dtypes <= set(SCALE_DTYPES.values()):
+        raise BadInput(
+            f"layers have scale_dtype {sorted(map(str, dtypes))}; set one of "
+            f"{sorted(SCALE_DTYPES)} on all of them"
+        )
+    schemes = {name: str(layer.scheme) for name, layer in layers.items()}
+    first = next(iter(schemes.values()))
+    record: dict[str, Any] = {
+        "quant_method": "zotune",
+        "version": VERSION,
+        "scheme": first,
+        "modules": list(layers),
+        "scale_dtype": str(dtypes.pop()).removeprefix("torch."),
+    }
+    other = {name: scheme for name, scheme in schemes.items() if scheme != first}
+    return {**record, "schemes": other} if other else record
+
+
+def _place_layers_(
+    model: nn.Module, schemes: dict[str, Scheme], scale_dtype: torch.dtype, folder: Path
+) -> None:
+    modules = dict(model.named_modules())
+    wrong = {
+        name
+        for name in schemes
+        if not (isinstance(modules.get(name), nn.Linear) or is_conv1d(modules.get(name)))
+    }
+    if wrong:
+        raise FormatError(
+            f"config.json of {folder} lists quantized modules that {type(model).__name__} does not "
+            f"have as linear layers: [{listing(wrong)}]"
+        )
+    for name, scheme in schemes.items():
+        old = modules[name]
+        assert isinstance(old.weight, Tensor)
+        rows, columns = old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape
+        layer = QuantLinear(
+            columns, rows, scheme, bias=old.bias is not None, name=name, device="meta"
+        )
+        layer.scale_dtype = scale_dtype
+        replace_(model, name, layer)
+
+
+def _in_memory(
+    tensors: dict[str, Tensor],
+    schemes: dict[str, Scheme],
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype | None,
+    folder: Path,
+) -> dict[str, Tensor]:
+    """Scales to float32, other float tensors to `dtype`; checks the stored dtypes of a layer."""
+    grid: dict[str, torch.dtype] = {}
+    for name, scheme in schemes.items():
+        grid[f"{name}.codes"] = torch.int8 if scheme.bits == 8 else torch.uint8
+        grid[f"{name}.scale"] = grid[f"{name}.zero"] = scale_dtype
+    found = {}
+    for name, tensor in tensors.items():
+        if name in grid and tensor.dtype != grid[name]:
+            raise FormatError(f"tensor {name!r} of {folder} is {tensor.dtype}; wanted {grid[name]}")
+        if name in grid:
+            found[name] = tensor.float() if tensor.is_floating_point() else tensor
+        else:
+            keep = dtype is None or not tensor.is_floating_point()
+            found[name] = tensor if keep else tensor.to(dtype)
+    return found
+
+
+def _on_disk(model: nn.Module, layers: dict[str, QuantLinear]) -> dict[str, Tensor]:
+    """Tensors as they are stored: scales in `scale_dtype`, each shared tensor under one name."""
+    scales = {f"{n}.{part}": layer for n, layer in layers.items() for part in ("scale", "zero")}
+    stored: dict[str, Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    lossy = []
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        if name in scales:
+            rounded = tensor.to(scales[name].scale_dtype)
+            if not torch.equal(rounded.float(), tensor):
+                lossy.append(name)
+            tensor = rounded
+        stored[name] = tensor.detach().cpu().contiguous()
+    if lossy:
+        log.warning(
+            "scales are rounded to the checkpoint's scale_dtype in [%s]; call round_to_storage_() "
+            "on the layers before measuring the model to measure what is saved",
+            listing(lossy),
+        )
+    return stored
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    return dtypes[0] if dtypes else torch.float32
+
+
+def _restore_generation_config_(model: nn.Module, folder: Path) -> None:
+    if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+
+        found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        setattr(model, "generation_config", found)  # noqa: B010 - unknown to nn.Module's types
+
+
+FORMAT = NativeFormat()

@@ -1,0 +1,101 @@
+"""Format "float": a transformers folder with unquantized safetensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zotune.errors import BadInput, FormatError
+from zotune.quant.formats.build import quiet_random_state
+from zotune.quant.formats.tensors import check_files, listing, read_json
+
+log = logging.getLogger("zotune")
+
+
+class PlainFormat:
+    """Reads with `from_pretrained`, writes with `save_pretrained`; safetensors only."""
+
+    name = "float"
+
+    def detect(self, folder: Path) -> bool:
+        """Whether the folder's config asks for no quantization."""
+        return read_json(folder / "config.json").get("quantization_config") is None
+
+    def read(
+        self, folder: Path, auto: Any, dtype: torch.dtype | None, trust_remote_code: bool
+    ) -> nn.Module:
+        """The model in `dtype`, None meaning float32.
+
+        Raises:
+            FormatError: for damaged files, or weights of the model that the folder does not hold.
+        """
+        check_files(folder)
+        options: dict[str, Any] = {
+            "dtype": dtype or torch.float32,
+            "use_safetensors": True,
+            "trust_remote_code": trust_remote_code,
+            "output_loading_info": True,
+            "local_files_only": True,
+        }
+        model, info = _from_pretrained(folder, auto, options)
+        if info["missing_keys"] and all(k.startswith("pooler.") for k in info["missing_keys"]):
+            # Encoders saved from a language model have no pooler; nothing here reads it.
+            model, info = _from_pretrained(folder, auto, {**options, "add_pooling_layer": False})
+        if info["missing_keys"]:
+            raise FormatError(
+                f"{folder} lacks tensors of {type(model).__name__}: "
+                f"[{listing(set(info['missing_keys']))}]; load it as another kind, or complete it"
+            )
+        if info["unexpected_keys"]:
+            log.warning(
+                "%s: tensors that %s does not use are dropped: [%s]",
+                folder,
+                type(model).__name__,
+                listing(set(info["unexpected_keys"])),
+            )
+        return model
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Save config and weights into an existing folder.
+
+        Raises:
+            BadInput: if the model is not a transformers model.
+        """
+        save = getattr(model, "save_pretrained", None)
+        if not callable(save):
+            raise BadInput(
+                f"{type(model).__name__} has no config to save; give a transformers model"
+            )
+        save(folder)
+
+
+def _from_pretrained(folder: Path, auto: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    with quiet_random_state(), no_progress_bar():
+        try:
+            model, info = auto.from_pretrained(folder, **options)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise FormatError(f"{folder} cannot be loaded: {error}") from error
+    return model, info
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Silence transformers' "Loading weights" bar, which logs should not hold."""
+    from transformers.utils import logging as library
+
+    shown = library.is_progress_bar_enabled()
+    library.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            library.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+FORMAT = PlainFormat()

@@ -1,0 +1,169 @@
+"""The table of kernels for the forward of a quantized linear layer.
+
+A kernel is a function `(x, codes, scale, zero, bias, scheme, compute_dtype) -> y` known by name.
+`reference` works everywhere and is the truth; `cpu` is fast and chosen by itself where it can run.
+Codes of dtype uint8 are packed; any other dtype holds one number per weight, fractions included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from zotune.errors import BadInput
+from zotune.quant.affine import Scheme
+
+Kernel = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Scheme, torch.dtype | None], Tensor
+]
+
+# Modules, not functions: importing a kernel may be slow, so it waits for the first use.
+KERNELS: Final[dict[str, str]] = {
+    "reference": "zotune.quant.kernels.reference",
+    "cpu": "zotune.quant.kernels.cpu",
+}
+_forced: ContextVar[str | None] = ContextVar("zotune_kernel", default=None)
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel called `name`.
+
+    Raises:
+        BadInput: if there is none; the message lists those that exist.
+
+    >>> kernel("reference").__module__
+    'zotune.quant.kernels.reference'
+    """
+    if name not in KERNELS:
+        raise BadInput(f"kernel {name!r} is unknown; use one of {sorted(KERNELS)}")
+    found: Kernel = import_module(KERNELS[name]).linear
+    return found
+
+
+@contextmanager
+def force(name: str | None) -> Iterator[None]:
+    """Use the named kernel for every forward inside the block; None lets zotune choose again.
+
+    >>> with force("reference"):
+    ...     chosen(torch.zeros(1, 8), torch.ones(1, 1), None, None)
+    'reference'
+    """
+    if name is not None:
+        kernel(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def chosen(x: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> str:
+    """Name of the kernel that `linear` will use: forced, else by device and need for a gradient."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    if torch.is_grad_enabled():
+        for tensor in (x, scale, zero, bias):
+            if tensor is not None and tensor.requires_grad:
+                return "reference"
+    return "cpu" if x.device.type == "cpu" else "reference"
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: Scheme,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y = x @ ((codes - zero) * scale).T + bias by the chosen kernel.
+
+    Args:
+        x: (..., in).
+        codes: uint8 packed (out, bytes), or one number per weight (out, in).
+        scale: (out, groups), (out, 1) or (1, 1).
+        zero: like scale, or None.
+        bias: (out,) or None.
+        scheme: the layer's scheme.
+        compute_dtype: dtype of the product; None means x's dtype.
+
+    Returns:
+        (..., out) in x's dtype.
+    """
+    run = kernel(chosen(x, scale, zero, bias))
+    return run(x, codes, scale, zero, bias, scheme, compute_dtype)
+
+
+def int8_product(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """One integer product that several sets of scales can share.
+
+    Args:
+        x: (tokens, in) float activations, quantized here to int8 per token.
+        codes: int8 (out, in).
+
+    Returns:
+        acc int32 (tokens, out) and x_scale float32 (tokens, 1), so that
+        y = acc * x_scale * scale.T for symmetric channel or tensor scales.
+
+    >>> acc, x_scale = int8_product(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.int8))
+    >>> acc.tolist()
+    [[127]]
+    """
+    from zotune.quant.kernels import cpu, reference
+
+    rows = cpu if x.device.type == "cpu" else reference
+    x_codes, x_scale = rows.quantize_rows(x)
+    return integer_matmul(x_codes, codes), x_scale
+
+
+def integer_matmul(x_codes: Tensor, codes: Tensor) -> Tensor:
+    """x_codes (tokens, in) @ codes (out, in).T in int32; both int8. Exact on every machine.
+
+    >>> ones = torch.ones(2, 3, dtype=torch.int8)
+    >>> integer_matmul(ones, ones[:1]).tolist()
+    [[3], [3]]
+    """
+    tokens, outputs, columns = x_codes.shape[0], codes.shape[0], codes.shape[1]
+    if min(tokens, outputs, columns) == 0:
+        return torch.zeros(tokens, outputs, dtype=torch.int32, device=x_codes.device)
+    # For one column oneDNN's call fails and leaves the output unwritten (pytorch issue 195066).
+    if x_codes.device.type == "cpu" and columns > 1 and int_mm_is_exact():
+        return torch._int_mm(_canonical(x_codes), _canonical(codes).t())
+    return _matmul_by_floats(x_codes, codes)
+
+
+@cache
+def int_mm_is_exact() -> bool:
+    """Whether `torch._int_mm` is exact on this CPU.
+
+    Without VNNI instructions its 16-bit sums saturate (pytorch issue 136746): tried, not guessed.
+    """
+    high = torch.full((32, 64), 127, dtype=torch.int8)
+    low = torch.full((32, 64), -128, dtype=torch.int8)
+    return all(
+        torch.equal(torch._int_mm(a, b.t()), _matmul_by_floats(a, b))
+        for a, b in ((high, high), (high, low), (low, high), (low, low))
+    )
+
+
+def _matmul_by_floats(x_codes: Tensor, codes: Tensor) -> Tensor:
+    """Exact products in float32: 1024 terms of at most 2^14 sum to at most 2^24."""
+    total = torch.zeros(x_codes.shape[0], codes.shape[0], dtype=torch.int32, device=x_codes.device)
+    for k in range(0, codes.shape[1], 1024):
+        x_part, part = x_codes[:, k : k + 1024], codes[:, k : k + 1024]
+        total += (x_part.float() @ part.float().t()).to(torch.int32)
+    return total
+
+
+def _canonical(matrix: Tensor) -> Tensor:
+    """Contiguous, with the usual strides also where a size of 1 leaves them free."""
+    return matrix.contiguous().view(-1).view(matrix.shape)

@@ -1,0 +1,190 @@
+"""Loops compiled by numba. Each works on a range of rows and releases the interpreter lock.
+
+bfloat16 has no numpy type: it travels as uint16 bit patterns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+_INVERSE_127 = np.float32(1.0 / 127.0)
+
+
+@njit(nogil=True, cache=True)
+def _to_bfloat16(value: np.float32) -> np.uint16:
+    """Round float32 to the nearest bfloat16, ties to even, as a uint16 pattern."""
+    bits = np.float32(value).view(np.uint32)
+    even = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + even)
+    return np.uint16(rounded >> np.uint32(16))
+
+
+@njit(nogil=True, cache=True)
+def _to_float32(value: np.float32) -> np.float32:
+    return np.float32(value)
+
+
+def _make_scale_rows(store: Callable[[Any], Any]) -> Callable[..., None]:
+    """Compile `scale_rows` for one output type; `store` turns a float32 into it."""
+
+    @njit(nogil=True, cache=True)
+    def scale_rows(
+        codes: Array, scale: Array, zero: Array, out: Array, start: int, stop: int
+    ) -> None:
+        """out = (codes - zero) * scale for codes with one number per weight."""
+        group = codes.shape[1] // scale.shape[1]
+        for row in range(start, stop):
+            scales = scale[row if scale.shape[0] > 1 else 0]
+            zeros = zero[row if zero.shape[0] > 1 else 0]
+            for k in range(scale.shape[1]):
+                s = scales[k]
+                z = zeros[k]
+                source = codes[row, k * group : (k + 1) * group]
+                target = out[row, k * group : (k + 1) * group]
+                for c in range(group):
+                    target[c] = store((np.float32(source[c]) - z) * s)
+
+    return scale_rows
+
+
+def _make_scale_packed_rows(store: Callable[[Any], Any]) -> Callable[..., None]:
+    """Compile `scale_packed_rows` for one output type."""
+
+    @njit(nogil=True, cache=True)
+    def fill(
+        target: Array, source: Array, shift: int, mask: int, offset: int, z: float, s: float
+    ) -> None:
+        for c in range(target.shape[0]):
+            q = np.int32(np.int32(np.int32(source[c]) >> np.int32(shift)) & np.int32(mask))
+            target[c] = store((np.float32(np.int32(q - np.int32(offset))) - z) * s)
+
+    @njit(nogil=True, cache=True)
+    def fill_3_bits(target: Array, low: Array, high: Array, plane: int, z: float, s: float) -> None:
+        shift_low, shift_high = np.int32(2 * (plane // 2)), np.int32(plane)
+        for c in range(target.shape[0]):
+            q = np.int32(np.int32(np.int32(low[c]) >> shift_low) & np.int32(3))
+            top = np.int32(np.int32(np.int32(high[c]) >> shift_high) & np.int32(1))
+            q = np.int32(q + np.int32(np.int32(top << np.int32(2)) - np.int32(4)))
+            target[c] = store((np.float32(q) - z) * s)
+
+    @njit(nogil=True, cache=True)
+    def scale_packed_rows(
+        packed: Array, scale: Array, zero: Array, out: Array, bits: int, start: int, stop: int
+    ) -> None:
+        """out = (unpack(packed) - zero) * scale, plane by plane, group by group."""
+        columns = out.shape[1]
+        group = columns // scale.shape[1]
+        eighth = packed.shape[1] // bits
+        # 4 and 2 bits have one part; 3 bits have two, whose planes meet every eighth of a row.
+        planes = 8 if bits == 3 else 8 // bits
+        size = eighth * 8 // planes
+        for row in range(start, stop):
+            scales = scale[row if scale.shape[0] > 1 else 0]
+            zeros = zero[row if zero.shape[0] > 1 else 0]
+            source = packed[row]
+            for plane in range(planes):
+                first = plane * size
+                last = min(first + size, columns)
+                c = first
+                while c < last:
+                    k = c // group
+                    end = min(last, (k + 1) * group)
+                    target = out[row, c:end]
+                    a = c - first
+                    b = end - first
+                    if bits == 3:
+                        part = source[(plane % 2) * eighth : 2 * eighth]
+                        high = source[2 * eighth + a : 2 * eighth + b]
+                        fill_3_bits(target, part[a:b], high, plane, zeros[k], scales[k])
+                    elif bits == 2:
+                        fill(target, source[a:b], 2 * plane, 3, 2, zeros[k], scales[k])
+                    elif plane == 0:  # shifts known to the compiler: a third less time
+                        fill(target, source[a:b], 0, 15, 8, zeros[k], scales[k])
+                    else:
+                        fill(target, source[a:b], 4, 15, 8, zeros[k], scales[k])
+                    c = end
+
+    return scale_packed_rows
+
+
+# Keyed by whether the output is bfloat16.
+scale_rows = {False: _make_scale_rows(_to_float32), True: _make_scale_rows(_to_bfloat16)}
+scale_packed_rows = {
+    False: _make_scale_packed_rows(_to_float32),
+    True: _make_scale_packed_rows(_to_bfloat16),
+}
+
+
+@njit(nogil=True, cache=True)
+def _from_bits(pattern: np.int32) -> np.float32:
+    return np.int32(pattern).view(np.float32)
+
+
+@njit(nogil=True, cache=True)
+def quantize_rows(
+    values: Array, bits: Array, codes: Array, scale: Array, start: int, stop: int
+) -> None:
+    """Per-row int8 codes and scales; `bits` is `values` seen as int32.
+
+    The largest magnitude is found on the bit patterns: an integer maximum vectorizes without
+    relaxed float rules, and NaN, whose pattern is above infinity's, is kept.
+    """
+    for row in range(start, stop):
+        top = np.int32(0)
+        patterns = bits[row]
+        for c in range(patterns.shape[0]):
+            top = max(top, np.int32(patterns[c] & np.int32(0x7FFFFFFF)))
+        largest = _from_bits(top)
+        scale[row] = largest * _INVERSE_127
+        inverse = np.float32(0.0)
+        if largest > np.float32(0.0):
+            inverse = np.float32(127.0) / largest
+        source = values[row]
+        target = codes[row]
+        for c in range(source.shape[0]):
+            v = np.rint(source[c] * inverse)
+            v = min(max(v, np.float32(-127.0)), np.float32(127.0))
+            target[c] = np.int8(np.int32(v if v == v else np.float32(0.0)))
+
+
+@njit(nogil=True, cache=True)
+def rescale_rows(
+    acc: Array, x_scale: Array, scale: Array, bias: Array, out: Array, start: int, stop: int
+) -> None:
+    """out = acc * x_scale * scale + bias."""
+    for row in range(start, stop):
+        source = acc[row]
+        target = out[row]
+        s = x_scale[row]
+        for c in range(source.shape[0]):
+            target[c] = np.float32(source[c]) * s * scale[c] + bias[c]
+
+
+@njit(nogil=True, cache=True)
+def rescale_rows_zero(
+    acc: Array,
+    sums: Array,
+    x_scale: Array,
+    scale: Array,
+    zero: Array,
+    bias: Array,
+    out: Array,
+    start: int,
+    stop: int,
+) -> None:
+    """out = (acc - sums * zero) * x_scale * scale + bias, sums being the rows' sums of codes."""
+    for row in range(start, stop):
+        source = acc[row]
+        target = out[row]
+        s = x_scale[row]
+        total = np.float32(sums[row])
+        for c in range(source.shape[0]):
+            shifted = np.float32(source[c]) - total * zero[c]
+            target[c] = shifted * s * scale[c] + bias[c]

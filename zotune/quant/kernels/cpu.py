@@ -1,0 +1,186 @@
+"""Fast forward on CPUs: compiled dequantization into a scratch, or an exact int8 product.
+
+Without quantized activations the codes are unpacked, scaled and rounded to the product's dtype in
+one pass over memory, into a scratch the size of one layer, and `F.linear` does the rest. With int8
+activations and one scale per row the product is `torch._int_mm` on the codes themselves; group
+scales cannot leave the sum, so there the activations are rounded and the dequantized product taken.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from zotune.errors import BadInput
+from zotune.quant.affine import Scheme
+from zotune.quant.kernels import compiled, integer_matmul
+from zotune.quant.kernels.reference import one_per_weight
+from zotune.quant.kernels.threads import parallel_ranges
+
+# Elements a thread should have at least: waking one costs more than a smaller share takes.
+GRAIN = 1 << 20
+_local = threading.local()
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: Scheme,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y = x @ ((codes - zero) * scale).T + bias; arguments as in `zotune.quant.kernels.linear`.
+
+    Raises:
+        BadInput: if a gradient is wanted; this kernel has none.
+    """
+    _refuse_gradient(x, scale, zero, bias)
+    dtype = compute_dtype or x.dtype
+    if scheme.act_bits is None:
+        weight = weight_scratch(codes, scale, zero, scheme.bits, x.shape[-1], dtype)
+        return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    if scale.shape[1] == 1 and not codes.is_floating_point():
+        y = _integer_linear(flat, codes, scale, zero, bias, scheme.bits)
+    else:
+        # int8 codes are exact in every float dtype, so they enter the product unscaled.
+        x_codes, x_scale = quantize_rows(flat)
+        weight = weight_scratch(codes, scale, zero, scheme.bits, x.shape[-1], dtype)
+        y = F.linear(x_codes.to(dtype), weight).float().mul_(x_scale)
+        if bias is not None:
+            y += bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def weight_scratch(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The dequantized weight (out, in) in this thread's scratch; the next call overwrites it."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return weight_scratch(codes, scale, zero, bits, columns, torch.float32).to(dtype)
+    rows = codes.shape[0]
+    out = _scratch(rows * columns, dtype).view(rows, columns)
+    if out.numel() == 0:
+        return out
+    scale = scale.detach().float()
+    zero = torch.zeros(1, scale.shape[1]) if zero is None else zero.detach().float()
+    brain = dtype == torch.bfloat16
+    target = out.view(torch.uint16).numpy() if brain else out.numpy()
+    source = codes.detach().contiguous()
+    scales, zeros = scale.contiguous().numpy(), zero.contiguous().numpy()
+    grain = max(1, GRAIN // columns)
+    if source.dtype == torch.uint8:
+        unpack_rows = compiled.scale_packed_rows[brain]
+        data = source.numpy()
+        parallel_ranges(
+            lambda a, b: unpack_rows(data, scales, zeros, target, bits, a, b), rows, grain
+        )
+        return out
+    if source.dtype != torch.int8:
+        source = source.float()
+    scale_rows = compiled.scale_rows[brain]
+    data = source.numpy()
+    parallel_ranges(lambda a, b: scale_rows(data, scales, zeros, target, a, b), rows, grain)
+    return out
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Same codes and scales, bit for bit, as `zotune.quant.kernels.reference.quantize_rows`."""
+    x = x.detach().float().contiguous()
+    tokens, columns = x.shape
+    codes = torch.empty(tokens, columns, dtype=torch.int8)
+    scale = torch.zeros(tokens, 1)
+    if x.numel():
+        values, bits = x.numpy(), x.view(torch.int32).numpy()
+        code_rows, scales = codes.numpy(), scale.view(-1).numpy()
+        parallel_ranges(
+            lambda a, b: compiled.quantize_rows(values, bits, code_rows, scales, a, b),
+            tokens,
+            max(1, GRAIN // columns),
+        )
+    return codes, scale
+
+
+def _integer_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int
+) -> Tensor:
+    """(x_codes @ codes.T - sum(x_codes) * zero) * x_scale * scale + bias, float32."""
+    weight = one_per_weight(codes, bits, x.shape[-1]).to(torch.int8)
+    x_codes, x_scale = quantize_rows(x)
+    acc = integer_matmul(x_codes, weight)
+    return rescale(acc, x_codes, x_scale, scale, zero, bias)
+
+
+def rescale(
+    acc: Tensor,
+    x_codes: Tensor,
+    x_scale: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Turn an integer product into float32 outputs in one pass.
+
+    Args:
+        acc: int32 (tokens, out) from `integer_matmul(x_codes, codes)`.
+        x_codes: int8 (tokens, in), read only when there is a zero.
+        x_scale: float32 (tokens, 1).
+        scale: (out, 1) or (1, 1).
+        zero: like scale, or None.
+        bias: (out,) or None.
+    """
+    tokens, outputs = acc.shape
+    out = torch.empty(tokens, outputs)
+    if out.numel() == 0:
+        return out
+    sums, factors = acc.numpy(), x_scale.reshape(-1).numpy()
+    scales, biases = _row(scale, outputs), _row(bias, outputs)
+    target = out.numpy()
+    grain = max(1, GRAIN // outputs)
+    if zero is None:
+        parallel_ranges(
+            lambda a, b: compiled.rescale_rows(sums, factors, scales, biases, target, a, b),
+            tokens,
+            grain,
+        )
+        return out
+    totals = x_codes.sum(-1, dtype=torch.int32).numpy()
+    zeros = _row(zero, outputs)
+    parallel_ranges(
+        lambda a, b: compiled.rescale_rows_zero(
+            sums, totals, factors, scales, zeros, biases, target, a, b
+        ),
+        tokens,
+        grain,
+    )
+    return out
+
+
+def _row(values: Tensor | None, size: int) -> NDArray[Any]:
+    """A float32 numpy vector of `size` values, one value repeated if need be, zeros for None."""
+    if values is None:
+        return torch.zeros(size).numpy()
+    return values.detach().float().reshape(-1).expand(size).contiguous().numpy()
+
+
+def _scratch(elements: int, dtype: torch.dtype) -> Tensor:
+    """A flat tensor of this thread, grown when a larger layer comes along."""
+    held: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("held", {})
+    if dtype not in held or held[dtype].numel() < elements:
+        held[dtype] = torch.empty(elements, dtype=dtype)
+    return held[dtype][:elements]
+
+
+def _refuse_gradient(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise BadInput(
+            "kernel 'cpu' has no gradient and one is wanted; "
+            "use kernel 'reference' or torch.no_grad()"
+        )

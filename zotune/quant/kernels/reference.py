@@ -1,0 +1,78 @@
+"""The truth every other kernel is tested against: plain torch, any device, differentiable."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zotune.quant.affine import Scheme, dequantize
+from zotune.quant.packing import unpack
+
+
+def one_per_weight(codes: Tensor, bits: int, columns: int) -> Tensor:
+    """Codes (out, in) with one number per weight: unpacks uint8, passes anything else through.
+
+    >>> one_per_weight(torch.zeros(1, 4, dtype=torch.uint8), 4, 8).tolist()
+    [[-8, -8, -8, -8, -8, -8, -8, -8]]
+    """
+    return unpack(codes, bits, columns) if codes.dtype == torch.uint8 else codes
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize activations to int8, one scale per row.
+
+    scale = max|x| / 127,  code = round(x * 127 / max|x|)
+
+    Args:
+        x: (tokens, in), any float dtype.
+
+    Returns:
+        codes int8 (tokens, in) and scale float32 (tokens, 1); a row of zeros gets scale 0.
+
+    >>> codes, scale = quantize_rows(torch.tensor([[1.0, -0.5]]))
+    >>> codes.tolist(), round(scale.item() * 127, 6)
+    ([[127, -64]], 1.0)
+    """
+    x = x.float()
+    if x.numel() == 0:
+        return x.to(torch.int8), x.new_zeros(x.shape[0], 1)
+    largest = x.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    codes = (x * inverse).round_().clamp_(-127, 127)
+    # NaN has no code; the scale carries it to the output so that it is never mistaken for a number.
+    return codes.nan_to_num_(0.0).to(torch.int8), largest * (1.0 / 127.0)
+
+
+def fake_quantize_rows(x: Tensor) -> Tensor:
+    """Activations rounded to their int8 grid, float32; the gradient passes straight through."""
+    flat = x.float().reshape(-1, x.shape[-1])
+    with torch.no_grad():
+        codes, scale = quantize_rows(flat)
+        rounded = codes.float() * scale
+    if x.requires_grad:
+        rounded = flat + (rounded - flat).detach()
+    return rounded.reshape(x.shape)
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: Scheme,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x @ dequantize(codes).T + bias, the product taken in `compute_dtype` or x's dtype.
+
+    With `scheme.act_bits` the activations are first rounded to int8 per token and the product is
+    taken in float32, as the integer product is exact.
+    """
+    weight = dequantize(one_per_weight(codes, scheme.bits, x.shape[-1]), scale, zero)
+    dtype = compute_dtype or x.dtype
+    inputs = x
+    if scheme.act_bits is not None:
+        inputs, dtype = fake_quantize_rows(x), torch.float32
+    y = F.linear(inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return y.to(x.dtype)

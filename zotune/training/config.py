@@ -1,0 +1,202 @@
+"""What a run is: one frozen record, under Hugging Face's argument names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from zotune.errors import BadInput
+
+ALIASES = {
+    "model": "model_name_or_path",
+    "out": "output_dir",
+    "lr": "learning_rate",
+    "zo_eps": "eps",
+    "batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "eval_every": "eval_steps",
+    "steps": "max_steps",
+    "resume": "resume_from_checkpoint",
+    "schedule": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "gradient_clip": "max_grad_norm",
+    "dataset_name": "data",
+}
+"""Short names, accepted on the command line and in YAML."""
+
+OWN = {
+    "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "logging_steps", "eval_steps",
+    "save_steps", "report_to", "callbacks", "journal_sync", "threads", "max_bad_steps",
+    "per_device_eval_batch_size", "max_eval_samples", "show_progress", "trust_remote_code",
+}  # fmt: skip
+"""Keys that a resumed run may change: they do not touch the weights."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model with forward passes only.
+
+    Args:
+        model_name_or_path: folder or hub id of the model. Alias: model.
+        task: name of the task, with options if any: "sst2", "classification(template='{text}\\nTopic:')".
+        output_dir: the run folder; must be new or empty. Alias: out.
+        task_options: options of the task (template, labels, objective, ...), for YAML.
+        data: file, folder or hub data set, where the task does not name its own.
+        train_file: rows to train on (.jsonl, .json, .csv, .tsv, .parquet, .txt).
+        validation_file: rows to choose the best state by.
+        test_file: rows for the numbers before and after.
+        method: the method, with options if any: "mezo", "zo-adam(queries=4)"; `zotune list methods`.
+        space: what is tuned: "adapter(rank=1)+head"; the method's own default when null.
+        learning_rate: the method's default when null. Alias: lr.
+        eps: perturbation scale; the method's default when null. Alias: zo_eps.
+        queries: directions per step; the method's default when null.
+        directions: "batch", "one-sided" or "example"; the method's default when null.
+        units: "relative" or "absolute" (papers' numbers); the method's default when null.
+        lr_scheduler_type: "constant", "linear" or "cosine"; the method's default when null.
+        warmup_steps: steps over which the learning rate rises from 0.
+        weight_decay: decoupled weight decay; the method's default when null.
+        max_steps: updates. Alias: steps.
+        per_device_train_batch_size: examples per step. Alias: batch_size.
+        per_device_eval_batch_size: examples per forward of an evaluation.
+        micro_batch: examples per forward of a step; the whole batch when null.
+        stack: probes per forward: null for all of a step, 1 for the least memory.
+        max_length: longest sequence in tokens; the task's own limit when null.
+        eval_steps: evaluate every so many steps; 0 for never. Alias: eval_every.
+        max_eval_samples: examples per evaluation; all when null.
+        save_steps: write a snapshot every so many steps; 0 for the end only.
+        logging_steps: write metrics every so many steps.
+        load_best_model_at_end: keep the state of the best evaluation instead of the last.
+        seed: fixes the directions and the order of the batches.
+        scheme: quantize the float model while loading, such as "int4-g64".
+        dtype: of float tensors: "auto", "float32", "bfloat16" or "float16".
+        compute_dtype: of quantized layers' products: "auto", "float32" or "bfloat16".
+        device: where the model runs, such as "cpu" or "cuda".
+        threads: CPU threads; torch's own choice when null.
+        journal_sync: bring the journal to the disk every so many steps.
+        max_bad_steps: stop after so many steps in a row whose loss is not finite.
+        report_to: trackers as Hugging Face names them: "tensorboard", "wandb", ... or "none".
+        callbacks: dotted paths of transformers.TrainerCallback classes.
+        resume_from_checkpoint: true to go on with the run in output_dir, or a run folder. Alias: resume.
+        overwrite_output_dir: start anew in a folder that holds an old run.
+        trust_remote_code: let Python files of the checkpoint run.
+        show_progress: whether to draw a progress bar on a terminal.
+    """
+
+    model_name_or_path: str = ""
+    task: str = ""
+    output_dir: str = ""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    method: str = "mezo"
+    space: str | None = None
+    learning_rate: float | None = None
+    eps: float | None = None
+    queries: int | None = None
+    directions: Literal["batch", "one-sided", "example"] | None = None
+    units: Literal["relative", "absolute"] | None = None
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] | None = None
+    warmup_steps: int | None = None
+    weight_decay: float | None = None
+    max_steps: int = 1000
+    per_device_train_batch_size: int = 16
+    per_device_eval_batch_size: int = 64
+    micro_batch: int | None = None
+    stack: int | None = None
+    max_length: int | None = None
+    eval_steps: int = 0
+    max_eval_samples: int | None = None
+    save_steps: int = 500
+    logging_steps: int = 10
+    load_best_model_at_end: bool = False
+    seed: int = 0
+    scheme: str | None = None
+    dtype: str = "auto"
+    compute_dtype: str = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    journal_sync: int = 1
+    max_bad_steps: int = 10
+    report_to: str | list[str] = "tensorboard"
+    callbacks: list[str] = field(default_factory=list)
+    resume_from_checkpoint: bool | str | None = None
+    overwrite_output_dir: bool = False
+    trust_remote_code: bool = False
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise BadInput("no output folder: give output_dir (--out DIR)")
+        for name in ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+                     "logging_steps", "journal_sync", "max_bad_steps"):  # fmt: skip
+            self._at_least(name, 1)
+        for name in ("eval_steps", "save_steps", "seed"):
+            self._at_least(name, 0)
+        for name in ("micro_batch", "stack", "max_eval_samples", "threads", "queries"):
+            self._at_least(name, 1)
+        if self.load_best_model_at_end and not self.eval_steps:
+            raise BadInput("load_best_model_at_end needs evaluations: set eval_steps")
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise BadInput(f"{name}={value}; want at least {least}")
+
+    @property
+    def out(self) -> Path:
+        return Path(self.output_dir).expanduser()
+
+    @property
+    def trackers(self) -> list[str]:
+        """`report_to` as a list; "none" is the empty one."""
+        given = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+        return [name for text in given for name in text.split(",") if name and name != "none"]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From keys as users write them (aliases, dashes); unknown keys offer the nearest.
+
+        >>> TrainConfig.of({"out": "x", "zo-eps": 0.1}).eps
+        0.1
+        """
+        return cls(**normalised(values, [f.name for f in fields(cls)]))
+
+
+def normalised(values: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Keys with their full names: dashes are underscores, short names are spelled out.
+
+    Raises:
+        BadInput: an unknown key (the nearest is offered), or a key given under two names.
+
+    >>> normalised({"out": "x", "batch-size": 4}, ["output_dir", "per_device_train_batch_size"])
+    {'output_dir': 'x', 'per_device_train_batch_size': 4}
+    """
+    known, found = list(known), dict[str, Any]()
+    for key, value in values.items():
+        name = full_name(str(key), known)
+        if name in found:
+            raise BadInput(f"{name} is given twice, once as {key!r}; keep one")
+        found[name] = value
+    return found
+
+
+def full_name(key: str, known: list[str]) -> str:
+    """One key's full name, or BadInput with the nearest."""
+    plain = key.replace("-", "_")
+    name = plain if plain in known else ALIASES.get(plain, plain)
+    if name in known:
+        return name
+    import difflib
+
+    names = [*known, *(a for a, full in ALIASES.items() if full in known)]
+    close = difflib.get_close_matches(plain, names, n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else f". There are: {', '.join(known)}"
+    raise BadInput(f"unknown option {key!r}{hint}")

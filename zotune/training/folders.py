@@ -1,0 +1,111 @@
+"""Model folders as a run leaves them: checkpoint, adapters beside it, head inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune.errors import BadInput
+from zotune.models import Loaded, PooledClassifier
+from zotune.models import load as load_checkpoint
+from zotune.models.adapter import adapters, attach, detach, load_peft, save_peft
+from zotune.quant import QuantLinear, formats
+from zotune.quant.formats.folder import replace_folder
+from zotune.training.snapshots import cannot_write
+
+ADAPTER = "adapter"
+
+
+def load_model(path: str | Path, **options: Any) -> Loaded:
+    """`zotune.models.load`, with the adapters that a training run left in the folder."""
+    loaded = load_checkpoint(path, **options)
+    folder = loaded.path / ADAPTER
+    if (folder / "adapter_config.json").exists():
+        load_peft(loaded.model, folder, _prefix(loaded.model))
+        first = next(loaded.model.parameters(), None)
+        if first is not None:
+            loaded.model.to(first.device)
+    return loaded
+
+
+def write_model(model: nn.Module, folder: Path, source: Loaded) -> Path:
+    """Save in the format it came in, adapters as a PEFT folder inside; whole or not at all.
+
+    Raises:
+        ZotuneError: the disk is full; the old folder is intact.
+    """
+    try:
+        with replace_folder(folder) as fresh:
+            with without_adapters(model) as had:
+                _write_checkpoint(model, fresh, source)
+            if had:
+                base = str(source.path) if source.path else ""
+                save_peft(model, fresh / ADAPTER, base, _prefix(model))
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    except Exception as error:  # safetensors reports a full disk by an exception of its own
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise cannot_write(folder, OSError(28, "No space left on device")) from error
+        raise
+    return folder
+
+
+def _write_checkpoint(model: nn.Module, folder: Path, source: Loaded) -> None:
+    inner = model.saved_model if isinstance(model, formats.Wrapper) else model
+    if hasattr(inner, "save_pretrained"):
+        formats.write(
+            model, folder, source.path if source.path.is_dir() else None, tokenizer=source.tokenizer
+        )
+        return
+    from safetensors.torch import save_model
+
+    save_model(model, str(folder / "model.safetensors"))  # a module of the user's own
+    (folder / "config.json").write_text('{"architectures": ["%s"]}\n' % type(model).__name__)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[bool]:
+    """The model as it is stored: adapters come off and go back on. Yields whether there are any."""
+    found = [(layer, adapter) for _, layer, adapter in adapters(model)]
+    detach(model)
+    try:
+        yield bool(found)
+    finally:
+        for layer, adapter in found:
+            attach(layer, adapter)
+
+
+def round_to_storage_(model: nn.Module) -> None:
+    """Round what the file will round, so that memory and file give the same numbers."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.round_to_storage_()
+
+
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def from_module(model: nn.Module) -> Loaded:
+    """A module of the user's own as a loaded model."""
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"model is a {type(model).__name__}; give a torch.nn.Module or a folder")
+    tokenizer, config = getattr(model, "tokenizer", None), getattr(model, "config", None)
+    return Loaded(model.eval(), tokenizer, "module", Path("."), config, "float")
+
+
+def _prefix(model: nn.Module) -> str:
+    return "encoder." if isinstance(model, PooledClassifier) else ""
+
+
+def use_threads(count: int | None) -> None:
+    if count is not None:
+        torch.set_num_threads(count)
+
+

@@ -1,0 +1,178 @@
+"""Replay: base model + journal = tuned model, without data, task or a single forward pass."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zotune.core import nouns
+from zotune.core.backprop import Backprop
+from zotune.core.method import Method
+from zotune.core.space import SpaceSpec
+from zotune.core.step import Tuner
+from zotune.errors import BadInput, JournalError
+from zotune.models import Loaded, PooledClassifier, fingerprint
+from zotune.training.assemble import check_base, rebuild_space
+from zotune.training.folders import (
+    from_module,
+    load_model,
+    round_to_storage_,
+    use_threads,
+    write_model,
+)
+from zotune.training.journal import Journal
+from zotune.training.resume import replay_
+
+log = logging.getLogger("zotune")
+
+
+def replay(
+    run: str | Path,
+    model: str | Path | nn.Module,
+    out: str | Path | None = None,
+    *,
+    steps: int | None = None,
+    repair: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Rebuild a run's tuned model from its base and its journal alone.
+
+    Args:
+        run: the run folder, or the journal file itself.
+        model: the base model the run started from; a folder, hub id or module (changed in place).
+        out: where to save it; None to leave it in memory (a module).
+        steps: rebuild the state after so many steps; what the run kept (its last step, or its best)
+            when None.
+        repair: go on with the good part of a damaged or unfinished journal.
+
+    Raises:
+        JournalError: damaged journal, another base, or a run by backprop.
+    """
+    use_threads(threads)
+    journal = Journal.read(run, repair=repair)
+    method = _method(journal)
+    count = _count(journal, steps, repair)
+    loaded = _base(journal, model, device, trust_remote_code)
+    check_base(journal, fingerprint(loaded.model))
+    prepared = _wrapped(loaded, journal)
+    space = rebuild_space(prepared, read_record(journal.header["space"], SpaceSpec), journal)
+    tuner = Tuner(space, method, int(journal.header["seed"]), total=int(journal.header["total"]))
+    replay_(tuner, journal.records[:count])
+    round_to_storage_(prepared)
+    folder = Path(out).expanduser() if out is not None else None
+    if folder is not None:
+        _save(prepared, folder, loaded)
+    return {
+        "out": str(folder) if folder is not None else None,
+        "steps": count,
+        "applied": tuner.applied,
+        "method": journal.header["method"],
+        "space": journal.header["space"],
+        "base": journal.header["base"],
+        "journal_bytes": journal.path.stat().st_size,
+        "tuned_fingerprint": fingerprint(prepared),
+    }
+
+
+def _save(model: nn.Module, folder: Path, loaded: Loaded) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise BadInput(f"output folder {folder} is not empty; give another one")
+    write_model(model, folder, loaded)
+
+
+def _method(journal: Journal) -> Method:
+    method = read_record(journal.header["method"], (Method, Backprop))
+    if not isinstance(method, Method):
+        raise JournalError(
+            f"{journal.path}: a run by backprop ({method.name}) cannot be replayed: its gradients are "
+            "not in the journal, only its losses; use the run's own model"
+        )
+    return method
+
+
+def _count(journal: Journal, steps: int | None, repair: bool) -> int:
+    if steps is not None:
+        if not 0 <= steps <= len(journal.records):
+            raise BadInput(f"steps={steps}; the journal holds {len(journal.records)}")
+        return steps
+    if journal.kept is not None:
+        return journal.kept
+    if not repair:
+        raise JournalError(
+            f"{journal.path} holds {len(journal.records)} of {journal.header['total']} steps and no "
+            "end mark: the run has not ended, or the journal was cut off. --resume ends the run; "
+            "--repair rebuilds what is there"
+        )
+    return len(journal.records)
+
+
+def _base(
+    journal: Journal, model: str | Path | nn.Module, device: str, trust_remote_code: bool
+) -> Loaded:
+    if isinstance(model, nn.Module):
+        return from_module(model.to(device))
+    config = journal.header["config"]
+    options = {
+        "kind": journal.header["kind"] if journal.header["kind"] != "module" else "auto",
+        "dtype": config["dtype"],
+        "compute_dtype": config["compute_dtype"],
+        "trust_remote_code": trust_remote_code,
+        "device": device,
+    }
+    from zotune.models.load import find_folder
+    from zotune.quant import formats
+
+    folder = find_folder(model, trust_remote_code)
+    scheme = config["scheme"] if formats.detect(folder) == "float" else None
+    return load_model(folder, scheme=scheme, **options)
+
+
+def _wrapped(loaded: Loaded, journal: Journal) -> nn.Module:
+    """The head that the task put on an encoder; its numbers are in the attachments."""
+    labels = journal.header["labels"]
+    if labels is None:
+        return loaded.model
+    weight = journal.attached.get("head.weight")
+    if weight is None:
+        raise JournalError(f"{journal.path} names {len(labels)} labels but holds no head")
+    head = nn.utils.skip_init(nn.Linear, weight.shape[1], len(labels))
+    head.weight = nn.Parameter(torch.zeros_like(weight))
+    head.bias = nn.Parameter(weight.new_zeros(len(labels)))
+    device = next(loaded.model.parameters()).device
+    return PooledClassifier(loaded.model, labels, head.to(device)).eval()
+
+
+def read_record(text: str, kind: Any) -> Any:
+    """A frozen record from its repr: names of `zotune.core.nouns` and literals, nothing else runs.
+
+    >>> read_record("SGD()", object)
+    SGD()
+    """
+    try:
+        value = _value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, BadInput) as error:
+        raise JournalError(f"the journal holds a record that cannot be read: {text!r} ({error})") from error
+    if not isinstance(value, kind):
+        raise JournalError(f"the journal holds {text!r} where another kind of record belongs")
+    return value
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        kind = getattr(nouns, node.func.id) if node.func.id in nouns.__all__ else None
+        if not dataclasses.is_dataclass(kind):
+            raise ValueError(f"unknown record {node.func.id}")
+        return kind(**{str(k.arg): _value(k.value) for k in node.keywords})  # type: ignore[operator]
+    if isinstance(node, ast.Tuple):
+        return tuple(map(_value, node.elts))
+    if isinstance(node, ast.Name) and node.id in ("inf", "nan"):
+        return float(node.id)
+    return ast.literal_eval(node)
