@@ -49,16 +49,19 @@ def test_error_is_at_most_half_a_scale(
     columns = groups * (scheme.group_size or 5)
     weight = weights(seed, rows, columns, spread)
     codes, scale, zero = quantize(weight, scheme)
-    assert codes.dtype == torch.int8 and codes.shape == weight.shape
+    assert codes.dtype == torch.int8
+    assert codes.shape == weight.shape
     assert scale.dtype == torch.float32
     assert scale.shape == scheme.scale_shape(rows, columns)
     assert (scale > 0).all()
     assert (zero is None) == scheme.symmetric
     if zero is not None:
-        assert zero.shape == scale.shape and torch.equal(zero, zero.round())
+        assert zero.shape == scale.shape
+        assert torch.equal(zero, zero.round())
         assert ((zero >= scheme.lowest) & (zero <= scheme.highest)).all()
     if rows:
-        assert scheme.lowest <= codes.min() and codes.max() <= scheme.highest
+        assert scheme.lowest <= codes.min()
+        assert codes.max() <= scheme.highest
     error = (dequantize(codes, scale, zero) - weight).abs()
     per_weight = scale.repeat_interleave(columns // scale.shape[1], dim=1).expand(rows, columns)
     # float32 rounding of the quotient and the product adds a few ulps of the weight itself.

@@ -157,9 +157,14 @@ def test_a_failure_leaves_the_old_folder_and_no_litter(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     make_checkpoint(folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(OSError, match="No space"), replace_folder(folder) as fresh:
-        (fresh / "config.json").write_text("new")
-        raise OSError(28, "No space left on device")
+
+    def fill_the_disk() -> None:
+        with replace_folder(folder) as fresh:
+            (fresh / "config.json").write_text("new")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fill_the_disk()
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 

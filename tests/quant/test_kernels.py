@@ -43,7 +43,8 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Te
 
 
 def assert_close(fast: Tensor, slow: Tensor, dtype: torch.dtype) -> None:
-    assert fast.dtype == slow.dtype and fast.shape == slow.shape
+    assert fast.dtype == slow.dtype
+    assert fast.shape == slow.shape
     if slow.numel():
         unit = slow.float().abs().max()
         assert (fast.float() - slow.float()).abs().max() <= TOLERANCE[dtype] * unit
@@ -130,7 +131,8 @@ def test_rows_are_quantized_alike_bit_for_bit(
     x = inputs(rows, columns, seed=seed) * 10**spread
     codes, scale = cpu.quantize_rows(x)
     expected, expected_scale = reference.quantize_rows(x)
-    assert torch.equal(codes, expected) and torch.equal(scale, expected_scale)
+    assert torch.equal(codes, expected)
+    assert torch.equal(scale, expected_scale)
     error = (codes.float() * scale - x).abs()
     assert (error <= scale * 0.5 * (1 + 1e-4)).all()
 
@@ -154,13 +156,16 @@ def test_nan_and_infinite_scales_reach_the_output_of_a_bfloat16_product() -> Non
         assert isinstance(scale, Tensor)
         scale[2, 1] = value
         y = cpu.linear(inputs(3, 16), **arguments, compute_dtype=torch.bfloat16)
-        assert not torch.isfinite(y[:, 2]).any() and torch.isfinite(y[:, [0, 1, 3]]).all()
+        assert not torch.isfinite(y[:, 2]).any()
+        assert torch.isfinite(y[:, [0, 1, 3]]).all()
 
 
 def test_one_integer_product_serves_several_scales() -> None:
     arguments, x = layer("int8-channel-a8", 10, 24), inputs(5, 24)
     codes, scale, bias = (arguments[k] for k in ("codes", "scale", "bias"))
-    assert isinstance(codes, Tensor) and isinstance(scale, Tensor) and isinstance(bias, Tensor)
+    assert isinstance(codes, Tensor)
+    assert isinstance(scale, Tensor)
+    assert isinstance(bias, Tensor)
     acc, x_scale = kernels.int8_product(x, codes)
     assert acc.dtype == torch.int32
     for probed in (scale, scale * 1.01):
@@ -236,7 +241,8 @@ def test_rounded_activations_pass_the_gradient_straight_through(text: str) -> No
     x = inputs(3, 16).requires_grad_()
     kernels.linear(x, **arguments).sum().backward()
     scheme = arguments["scheme"]
-    assert isinstance(scheme, Scheme) and x.grad is not None
+    assert isinstance(scheme, Scheme)
+    assert x.grad is not None
     codes = reference.one_per_weight(arguments["codes"], scheme.bits, 16)  # type: ignore[arg-type]
     expected = dequantize(codes, arguments["scale"], arguments["zero"]).sum(0)  # type: ignore[arg-type]
     torch.testing.assert_close(x.grad, expected.expand(3, 16))

@@ -33,7 +33,8 @@ def test_unpacking_gives_back_every_code(
     assert packed.dtype == (torch.int8 if bits == 8 else torch.uint8)
     assert packed.shape == (*shape, packed_columns(bits, columns))
     back = unpack(packed, bits, columns)
-    assert back.dtype == torch.int8 and torch.equal(back, codes)
+    assert back.dtype == torch.int8
+    assert torch.equal(back, codes)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

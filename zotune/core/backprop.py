@@ -6,13 +6,13 @@ can show what a gradient would have bought, and what it costs in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zotune.core.block import FloatBlock
 from zotune.core.evaluator import TorchEvaluator
@@ -52,7 +52,9 @@ class BackpropTuner:
     Raises BadInput for blocks without gradients (integer codes).
     """
 
-    def __init__(self, space: Space, method: Backprop, evaluator: TorchEvaluator, total: int) -> None:
+    def __init__(
+        self, space: Space, method: Backprop, evaluator: TorchEvaluator, total: int
+    ) -> None:
         blocks = [b for b in space if isinstance(b, FloatBlock)]
         if len(blocks) < len(space.blocks):
             raise BadInput("integer codes have no gradient; backprop tunes float spaces only")
@@ -60,7 +62,13 @@ class BackpropTuner:
         self.space, self.method, self.evaluator, self.total = space, method, evaluator, total
         self.blocks = blocks
         self.done = self.applied = 0
-        self.leaves = {b.name: b.master.clone().requires_grad_() for b in blocks}
+        # At least float32, so that no small step is lost; 16-bit weights get the rounded values.
+        self.leaves = {
+            b.name: b.master.to(torch.promote_types(b.master.dtype, torch.float32), copy=True)
+            .detach()
+            .requires_grad_()
+            for b in blocks
+        }
         groups = [
             {
                 "params": [self.leaves[b.name]],
@@ -73,7 +81,7 @@ class BackpropTuner:
         self.rates = [g["lr"] for g in groups]
 
     def step(self, batch: Any) -> StepReport:
-        """One forward, one backward, one AdamW update, in micro-batches if the evaluator has them."""
+        """One forward, one backward, one AdamW update, in the evaluator's micro-batches."""
         factor = self.method.schedule.factor(self.done, self.total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -106,7 +114,7 @@ class BackpropTuner:
                         "this objective has no gradient; backprop needs a differentiable loss"
                     )
                 share.backward()
-            total, whole = total + float(share), whole + float(weight.sum())
+            total, whole = total + float(share.detach()), whole + float(weight.detach().sum())
         self.evaluator.forwards += 1
         for leaf in self.leaves.values():
             if leaf.grad is not None:
@@ -116,6 +124,7 @@ class BackpropTuner:
     def _held(self) -> ExitStack:
         """Every site holding its leaves: the model's own tensors need no gradient."""
         stack = ExitStack()
+        stack.enter_context(_frozen(self.evaluator.model))
         for site in self.evaluator.sites:
             values = {
                 attribute: self.leaves[block.name].to(block.value().dtype)
@@ -150,3 +159,16 @@ class BackpropTuner:
                 self.optimizer.state[leaf] = state
         self._write_back()
         self.done, self.applied = done, applied
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model asks for a gradient: what is not tuned costs no memory."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_()

@@ -51,6 +51,7 @@ class Block(ABC):
     reach: Tensor | float = field(default=1.0, init=False)
     stride: Tensor | float = field(default=1.0, init=False)
     eps_ratio: float = field(default=1.0, init=False)
+    lr_ratio: float = field(default=1.0, init=False)
 
     @property
     def numel(self) -> int:
@@ -63,10 +64,13 @@ class Block(ABC):
 
     def bind_(self, eps: float, lr: float, units: str) -> None:
         """Fix reach and stride for a method with this eps and lr; units "relative" or "absolute"."""
+        if self.lr and not lr:
+            raise BadInput(f"lr=0, but block {self.name!r} has lr={self.lr}: want an lr > 0 for both")
         unit = self.unit if units == "relative" else 1.0
         self.eps_ratio = (self.eps / eps) if self.eps is not None and eps else 1.0
+        self.lr_ratio = (self.lr / lr) if self.lr is not None and lr else 1.0
         self.reach = unit * self.eps_ratio
-        self.stride = unit * ((self.lr / lr) if self.lr is not None and lr else 1.0)
+        self.stride = unit * self.lr_ratio
 
     @property
     def grid(self) -> Tensor | None:
@@ -124,8 +128,9 @@ class FloatBlock(Block):
                 f"block {self.name!r} has dtype {self.tensor.dtype}; a float block wants a "
                 "floating-point tensor. Tune quantized codes with the 'codes' space"
             )
-        wants = self.keep_master and self.tensor.dtype != torch.float32
-        self.master = self.tensor.detach().float() if wants else self.tensor.detach()
+        self.master = self.tensor.detach()
+        if self.keep_master:
+            self.master = _wide(self.master)
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, owners: Sequence[Owner] = (), **options: Any) -> FloatBlock:
@@ -136,9 +141,9 @@ class FloatBlock(Block):
 
     def at(self, u: Tensor, step: float) -> Tensor:
         if isinstance(self.reach, float):
-            moved = torch.add(self.master.float(), u, alpha=step * self.reach)
+            moved = torch.add(_wide(self.master), u, alpha=step * self.reach)
         else:
-            moved = self.master.float() + (step * self.reach) * u
+            moved = _wide(self.master) + (step * self.reach) * u
         return self._bounded(moved).to(self.tensor.dtype)
 
     def at_rows(self, rows: Tensor, u: Tensor | None, step: float) -> Tensor:
@@ -146,16 +151,16 @@ class FloatBlock(Block):
         if u is None:
             return self.tensor.detach()[rows]
         assert isinstance(self.reach, float)
-        moved = torch.add(self.master[rows].float(), u, alpha=step * self.reach)
+        moved = torch.add(_wide(self.master[rows]), u, alpha=step * self.reach)
         return self._bounded(moved).to(self.tensor.dtype)
 
     def value(self) -> Tensor:
         return self.tensor.detach()
 
     def move_(self, start: int, stop: int, step: Tensor, key: Key) -> None:
-        here = (start, stop) if self.shape else (None, None)
-        master, stored = self.master[slice(*here)], self.tensor.detach()[slice(*here)]
-        if master.dtype == torch.float32:
+        here = slice(start, stop) if self.shape else ...
+        master, stored = self.master[here], self.tensor.detach()[here]
+        if _wide(master) is master:
             master.sub_(step)
             if self.minimum is not None:
                 master.clamp_min_(self.minimum)
@@ -167,7 +172,7 @@ class FloatBlock(Block):
             stored.copy_(_round_to(target, stored.dtype, key, self.name, start * width))
 
     def decay_(self, factor: float, key: Key) -> None:
-        self.move_(0, self.rows, factor * self.master.float(), key)
+        self.move_(0, self.rows, factor * _wide(self.master), key)
 
     def round_(self, dtype: torch.dtype) -> None:
         """Round to the dtype that a file stores, so that memory and file agree."""
@@ -180,6 +185,11 @@ class FloatBlock(Block):
     def load_(self, state: Tensor) -> None:
         self.master.copy_(state)
         self.tensor.detach().copy_(self.master)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32; the tensor itself where it is."""
+    return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
 
 
 def _round_to(value: Tensor, dtype: torch.dtype, key: Key, name: str, start: int) -> Tensor:

@@ -31,7 +31,8 @@ class Estimate:
 
     @property
     def finite(self) -> bool:
-        values = torch.tensor((*self.coefficients, self.loss), dtype=torch.float64)
+        """Whether every number is finite in float32, in which steps are taken."""
+        values = torch.tensor((*self.coefficients, self.loss), dtype=torch.float32)
         return bool(values.isfinite().all())
 
 

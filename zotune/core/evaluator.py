@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from zotune.core import forwards as _forwards  # registers the fast probed forwards
 from zotune.core.perturbation import Perturbation
 from zotune.core.probe import Losses, Probe
-from zotune.core.sites import StackingError, View, probing, sites_of
+from zotune.core.sites import View, probing, sites_of
 from zotune.core.space import Space
 from zotune.errors import BadInput
 from zotune.tasks.batch import Batch
@@ -108,20 +109,50 @@ class TorchEvaluator(Evaluator):
     def check(self, batch: Batch, probes: Sequence[Probe], perturbation: Perturbation) -> list[str]:
         """Compare stacked with one-at-a-time evaluation once; stacking is switched off if it is
         wrong for this model. Returns the names of blocks that no forward used."""
-        with_stack = self.stack
-        self.stack = 1
-        truth = self.losses(probes, batch, perturbation).per_example
-        self.stack = with_stack
-        if with_stack != 1:
-            try:
-                stacked = self.losses(probes, batch, perturbation).per_example
-                agree = torch.allclose(stacked, truth, rtol=2e-2, atol=2e-2)
-            except StackingError:
-                agree = False
-            self.stack = with_stack if agree else 1
+        wanted, self.stack = self.stack, 1
+        probes, truth = self._apart(batch, probes, perturbation)
+        self.stack = wanted
+        if wanted != 1 and not self._agrees(truth, batch, probes, perturbation):
+            self.stack = 1
         self.forwards = 0
         seen = {id(b) for site in self.sites if site.path in self.visited for b in site.blocks.values()}
         return [b.name for b in self.space.blocks if id(b) not in seen]
+
+
+    def _apart(
+        self, batch: Batch, probes: Sequence[Probe], perturbation: Perturbation
+    ) -> tuple[Sequence[Probe], Tensor]:
+        """These probes, moved out until their losses differ by far more than rounding does.
+
+        Near the base point every probe has nearly the same loss, and so would a model that mixes
+        the rows of different probes.
+        """
+        found = None
+        for factor in (1.0, 8.0, 64.0, 512.0):
+            far = [replace(p, step=factor * p.step) for p in probes]
+            truth = self.losses(far, batch, perturbation).per_example
+            if found is not None and not truth.isfinite().all():
+                break
+            found = far, truth
+            if _spread(truth) > 0.2:
+                break
+        assert found is not None
+        return found
+
+    def _agrees(
+        self, truth: Tensor, batch: Batch, probes: Sequence[Probe], perturbation: Perturbation
+    ) -> bool:
+        try:
+            stacked = self.losses(probes, batch, perturbation).per_example
+        except Exception:  # one probe at a time has just worked: whatever it is, it is the stack
+            return False
+        error = float((stacked - truth).square().mean().sqrt())
+        return error <= 0.1 * _spread(truth) + 1e-6
+
+
+def _spread(losses: Tensor) -> float:
+    """How far the losses of (probes, examples) lie from the mean over probes, rms."""
+    return float((losses - losses.mean(0)).square().mean().sqrt())
 
 
 def _groups(probes: Sequence[Probe], stack: int | None) -> list[Sequence[Probe]]:

@@ -93,7 +93,7 @@ def layer_norm(site: Site, view: View, x: Tensor) -> Any:
             out = apply(out, values(view, site.blocks[attribute]).unsqueeze(1))
         elif own is not None:
             out = apply(out, own)
-    return out.view(x.shape)
+    return out.view(x.shape).to(x.dtype)
 
 
 @probed(nn.Embedding)
@@ -140,4 +140,6 @@ def _times_codes(x: Tensor, module: QuantLinear) -> Tensor:
         product, x_scale = kernels.int8_product(x.reshape(-1, x.shape[-1]), codes)
         return product * x_scale
     dtype = module.compute_dtype or x.dtype
+    if dtype == torch.float16:
+        dtype = torch.float32  # whole codes would take the sums beyond 65504
     return F.linear(x.to(dtype), codes.to(dtype)).float()

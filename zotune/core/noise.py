@@ -103,7 +103,7 @@ def draw_rows(
         return torch.stack(rows)
     from zotune.core import noise_cpu
 
-    kernel = noise_cpu.ROWS[law]
+    kernel, (number, size) = noise_cpu.rows, noise_cpu.LAWS[law]
     out = torch.empty(len(keys), n)
     view = out.numpy()
     streams = np.array([k.stream for k in keys], np.uint32)
@@ -111,11 +111,15 @@ def draw_rows(
     seed_array = _philox_key_array(keys[0].seed, name)
     if len(keys) == 1:
         parallel_ranges(
-            lambda lo, hi: kernel(view[:, lo:hi], offsets + lo, streams, seed_array), n, _GRAIN
+            lambda lo, hi: kernel(
+                view[:, lo:hi], number, size, offsets + lo, streams, seed_array
+            ), n, _GRAIN
         )
     else:
         parallel_ranges(
-            lambda lo, hi: kernel(view[lo:hi], offsets[lo:hi], streams[lo:hi], seed_array),
+            lambda lo, hi: kernel(
+                view[lo:hi], number, size, offsets[lo:hi], streams[lo:hi], seed_array
+            ),
             len(keys),
             max(1, _GRAIN // max(n, 1)),
         )
@@ -140,13 +144,15 @@ def combine_(
         return out
     from zotune.core import noise_cpu
 
-    kernel = noise_cpu.COMBINE[law]
+    kernel, (number, size) = noise_cpu.combine, noise_cpu.LAWS[law]
     view = out.numpy()
     streams = np.array([k.stream for k in keys], np.uint32)
     weights = np.array(coefficients, np.float32)
     seed_array = _philox_key_array(keys[0].seed, name)
     parallel_ranges(
-        lambda lo, hi: kernel(view[lo:hi], start + lo, streams, seed_array, weights),
+        lambda lo, hi: kernel(
+            view[lo:hi], number, size, start + lo, streams, seed_array, weights
+        ),
         len(out),
         max(1024, _GRAIN // len(keys)),
     )

@@ -136,45 +136,48 @@ def _rademacher(out, words):  # type: ignore[no-untyped-def]
             out[bit * WORDS + j] = _f(1.0) - _f(2.0) * _f(np.int32(sign))
 
 
-def _make(law: Any, size: int) -> tuple[Any, Any]:
-    """The two kernels of a law whose tile holds `size` numbers."""
+@_compiled
+def _tile(out, words, law):  # type: ignore[no-untyped-def]
+    if law == 0:
+        _gaussian(out, words)
+    elif law == 1:
+        _uniform(out, words)
+    else:
+        _rademacher(out, words)
 
-    @_compiled
-    def rows(out, starts, streams, key):  # type: ignore[no-untyped-def]
-        """out[k, i] = u_k[starts[k] + i]."""
-        words, tile_out = np.empty(WORDS, np.uint32), np.empty(size, np.float32)
-        n = out.shape[1]
-        for k in range(out.shape[0]):
-            start = starts[k]
-            for tile in range(start // size, (start + n + size - 1) // size):
-                _words(words, tile, streams[k], key)
-                law(tile_out, words)
-                at = tile * size - start
-                low, high = max(0, -at), min(size, n - at)
-                for j in range(low, high):
-                    out[k, at + j] = tile_out[j]
 
-    @_compiled
-    def combine(out, start, streams, key, coefficients):  # type: ignore[no-untyped-def]
-        """out[i] += sum_k coefficients[k] * u_k[start + i], in the order of k."""
-        words, tile_out = np.empty(WORDS, np.uint32), np.empty(size, np.float32)
-        n = out.shape[0]
+@_compiled
+def rows(out, law, size, starts, streams, key):  # type: ignore[no-untyped-def]
+    """out[k, i] = u_k[starts[k] + i], by law number, `size` numbers to a tile."""
+    words, tile_out = np.empty(WORDS, np.uint32), np.empty(size, np.float32)
+    n = out.shape[1]
+    for k in range(out.shape[0]):
+        start = starts[k]
         for tile in range(start // size, (start + n + size - 1) // size):
+            _words(words, tile, streams[k], key)
+            _tile(tile_out, words, law)
             at = tile * size - start
             low, high = max(0, -at), min(size, n - at)
-            for k in range(streams.shape[0]):
-                _words(words, tile, streams[k], key)
-                law(tile_out, words)
-                c = coefficients[k]
-                for j in range(low, high):
-                    out[at + j] += c * tile_out[j]
-
-    return rows, combine
+            for j in range(low, high):
+                out[k, at + j] = tile_out[j]
 
 
-SIZES = {"gaussian": WORDS, "uniform": WORDS, "rademacher": 32 * WORDS}
-ROWS: dict[str, Any] = {}
-COMBINE: dict[str, Any] = {}
-ROWS["gaussian"], COMBINE["gaussian"] = _make(_gaussian, WORDS)
-ROWS["uniform"], COMBINE["uniform"] = _make(_uniform, WORDS)
-ROWS["rademacher"], COMBINE["rademacher"] = _make(_rademacher, 32 * WORDS)
+@_compiled
+def combine(out, law, size, start, streams, key, coefficients):  # type: ignore[no-untyped-def]
+    """out[i] += sum_k coefficients[k] * u_k[start + i], in the order of k."""
+    words, tile_out = np.empty(WORDS, np.uint32), np.empty(size, np.float32)
+    n = out.shape[0]
+    for tile in range(start // size, (start + n + size - 1) // size):
+        at = tile * size - start
+        low, high = max(0, -at), min(size, n - at)
+        for k in range(streams.shape[0]):
+            _words(words, tile, streams[k], key)
+            _tile(tile_out, words, law)
+            c = coefficients[k]
+            for j in range(low, high):
+                out[at + j] += c * tile_out[j]
+
+
+# Law numbers and tile sizes are arguments, not closures: only so do the compiled kernels come
+# from the cache in the next process.
+LAWS = {"gaussian": (0, WORDS), "uniform": (1, WORDS), "rademacher": (2, 32 * WORDS)}

@@ -193,7 +193,7 @@ class Grid(Perturbation):
     def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
         low, high, shape = _span(block, start, stop)
         u = noise.draw("uniform", key, block.name, low, high, block.device).view(shape)
-        most = grid_steps(self.radius, self.relative, block, start, start + shape[0])
+        most = grid_steps(self.radius, self.relative, block, start, stop or block.rows)
         whole = ((u * 0.5 + 0.5) * (2 * most + 1)).floor_() - most
         if self.density < 1:
             chance = noise.draw("uniform", key, f"{block.name}#mask", low, high, block.device)

@@ -109,6 +109,7 @@ class Site:
     path: str
     module: nn.Module
     blocks: dict[str, Block]
+    forward: Callable[..., Any]
 
     @contextmanager
     def holding(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -130,7 +131,7 @@ class Site:
     def call(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The module's own forward at these values (hooks do not run twice)."""
         with self.holding(values):
-            return type(self.module).forward(self.module, *args, **kwargs)
+            return self.forward(*args, **kwargs)
 
 
 def sites_of(blocks: Sequence[Block]) -> list[Site]:
@@ -140,7 +141,7 @@ def sites_of(blocks: Sequence[Block]) -> list[Site]:
         for owner in block.owners:
             entry = found.setdefault(id(owner.module), (owner.path, owner.module, {}))
             entry[2][owner.attribute] = block
-    return [Site(*entry) for entry in found.values()]
+    return [Site(*entry, forward=entry[1].forward) for entry in found.values()]
 
 
 ProbedForward = Callable[..., Any]
@@ -167,6 +168,8 @@ def probed(*kinds: type[nn.Module]) -> Callable[[ProbedForward], ProbedForward]:
 def rows_per_part(site: Site, view: View, rows: int) -> int:
     """How many rows each part has; 0 means that all parts share the rows (a broadcast input)."""
     total = len(view.probes) * view.examples
+    if len(view.parts) == 1:
+        return rows
     if rows % total == 0:
         return rows // len(view.parts)
     if rows == 1:
@@ -193,6 +196,8 @@ def generic(site: Site, view: View, *args: Any, **kwargs: Any) -> Any:
         here = slice(index * each, (index + 1) * each) if each else slice(0, 1)
 
         def cut(t: Any, here: slice = here) -> Any:
+            if type(t) in (tuple, list):
+                return type(t)(map(cut, t))
             return t[here] if isinstance(t, Tensor) and t.dim() and t.shape[0] == rows else t
 
         values = {a: view.value(b, part) for a, b in site.blocks.items()}
@@ -218,8 +223,8 @@ def probing(sites: Sequence[Site], view: View, fast: bool = True) -> Iterator[Vi
         def forward(*args: Any, **kwargs: Any) -> Any:
             view.visited.add(site.path)
             result = NotImplemented
-            if chosen is not None and view.focus is None:
-                result = chosen(site, view, *args, **kwargs)
+            if chosen is not None and view.focus is None and not kwargs:
+                result = chosen(site, view, *args)
             if result is NotImplemented:
                 result = generic(site, view, *args, **kwargs)
             if view.focus is None:
@@ -228,11 +233,15 @@ def probing(sites: Sequence[Site], view: View, fast: bool = True) -> Iterator[Vi
 
         return forward
 
+    own = [vars(site.module).get("forward") for site in sites]  # a wrapper's, as a rule none
     try:
         for site in sites:
             site.module.forward = replacement(site)  # type: ignore[method-assign]
         yield view
     finally:
-        for site in sites:
-            site.module.__dict__.pop("forward", None)
+        for site, forward in zip(sites, own, strict=True):
+            if forward is None:
+                vars(site.module).pop("forward", None)
+            else:
+                site.module.forward = forward  # type: ignore[method-assign]
         view.forget()

@@ -11,15 +11,25 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from zotune.core.block import Block, FloatBlock, Owner
 from zotune.errors import BadInput
 
-Observe = Callable[[nn.Module], None]
-"""Runs a few training batches through the model (hooks see the activations); no labels needed."""
+class Observe(Protocol):
+    """Runs training batches through the model, without gradient, for hooks to see.
+
+    `after(batch)` is called behind each; `examples` is how many examples at most (None: a few).
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        after: Callable[[Any], None] | None = None,
+        examples: int | None = None,
+    ) -> None: ...
 
 
 class Space:

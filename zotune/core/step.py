@@ -93,10 +93,11 @@ class Tuner:
     def tell(self, losses: Losses) -> StepReport:
         """Estimate, shape, record, apply. A loss that is not finite is recorded, never applied."""
         estimate = self.method.estimator.tell(self.key, losses)
-        coefficients = torch.tensor(estimate.coefficients, dtype=torch.float64)
-        for shaping in self.method.shaping:
-            coefficients = shaping(coefficients)
-        estimate = replace(estimate, coefficients=tuple(coefficients.tolist()))
+        if estimate.finite:  # a clip would make a number of an infinity, a sign one of a NaN
+            coefficients = torch.tensor(estimate.coefficients, dtype=torch.float64)
+            for shaping in self.method.shaping:
+                coefficients = shaping(coefficients)
+            estimate = replace(estimate, coefficients=tuple(coefficients.tolist()))
         if self.record is not None:
             self.record(self.done, estimate)
         return self.apply_(estimate)
@@ -121,7 +122,7 @@ class Tuner:
 
     def _move_(self, block: Block, lr: float, key: Key) -> None:
         if self.method.weight_decay and block.decay:
-            block.decay_(lr * self.method.weight_decay, key)
+            block.decay_(lr * block.lr_ratio * self.method.weight_decay, key)
         width = max(1, block.numel // max(1, block.rows))
         run = max(1, RUN // width)
         for start in range(0, block.rows, run):

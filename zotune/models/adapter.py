@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,9 +61,24 @@ def _add(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
 def detach(model: nn.Module) -> None:
     """Remove every adapter from the model."""
     for _, layer, _ in list(adapters(model)):
-        layer._zotune_hook.remove()  # type: ignore[union-attr,operator]
-        del layer._zotune_hook
-        del layer._modules[CHILD]
+        _remove(layer)
+
+
+def _remove(layer: nn.Module) -> None:
+    layer._zotune_hook.remove()  # type: ignore[union-attr,operator]
+    del layer._zotune_hook
+    del layer._modules[CHILD]
+
+
+def fold_(layer: nn.Module) -> None:
+    """Add the adapter's product to a float layer's own weight, and remove the adapter."""
+    adapter = layer._modules[CHILD]
+    assert isinstance(adapter, LowRank)
+    weight = layer.get_parameter("weight")
+    with torch.no_grad():
+        product = adapter.scaling * adapter.B.double() @ adapter.A.double()
+        weight.copy_((weight.double() + product).to(weight.dtype))
+    _remove(layer)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
@@ -91,6 +107,9 @@ def save_peft(model: nn.Module, folder: Path, base: str, prefix: str = "") -> No
             f"adapters of ranks {ranks}, scalings {scalings}; PEFT's layout wants one each"
         )
     rank, scaling = ranks.pop(), scalings.pop()
+    outside = [path for path, _, _ in found if not path.startswith(prefix)]
+    if outside:
+        raise BadInput(f"adapters on {outside[:3]} lie outside {prefix!r}: PEFT would not find them")
     names = [path.removeprefix(prefix) for path, _, _ in found]
     tensors = {}
     for name, (_, _, adapter) in zip(names, found, strict=True):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,10 +12,10 @@ from torch import nn
 
 from zotune.errors import BadInput, FormatError
 from zotune.models.encoder import HEAD_KEY, PooledClassifier, read_head
+from zotune.models.tokenizer import load_tokenizer
 from zotune.quant import QuantLinear, Scheme, formats, quantize_model_
 from zotune.quant.formats.tensors import read_json
 
-log = logging.getLogger("zotune")
 KINDS: Final = ("causal", "encoder", "classifier")
 DTYPES: Final = {
     "float32": torch.float32,
@@ -25,10 +23,6 @@ DTYPES: Final = {
     "float16": torch.float16,
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-_TOKENIZER_FILES: Final = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
-    "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +105,13 @@ def load(
 def find_folder(path: str | Path, trust_remote_code: bool = False) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded, weights as safetensors only.
 
+    "package:NAME/FOLDER" is a folder inside an installed Python package (which is not imported).
+
     Raises:
         FormatError: if there is no such folder and the hub does not deliver.
     """
+    if str(path).startswith("package:"):
+        return _package_folder(str(path).removeprefix("package:"))
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -136,6 +134,19 @@ def find_folder(path: str | Path, trust_remote_code: bool = False) -> Path:
         raise FormatError(
             f"{path!r} is no folder here, and the hub did not deliver it ({error})"
         ) from error
+
+
+def _package_folder(path: str) -> Path:
+    from importlib.util import find_spec
+
+    name, _, inside = path.partition("/")
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise FormatError(f"Python package {name!r} is not installed; pip install it first")
+    folder = Path(spec.submodule_search_locations[0]) / inside
+    if not folder.is_dir():
+        raise FormatError(f"Python package {name!r} has no folder {inside!r}")
+    return folder
 
 
 def resolve_kind(config: dict[str, Any], kind: str, folder: Path) -> str:
@@ -166,51 +177,6 @@ def resolve_kind(config: dict[str, Any], kind: str, folder: Path) -> str:
     )
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer with a padding token, or None where it has no tokenizer files.
-
-    A tokenizer without a padding token pads with its end-of-text token, and a log line says so.
-
-    Raises:
-        FormatError: if the files are there but damaged.
-    """
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        _say_once(f"{folder} has no tokenizer files; the model is loaded without a tokenizer")
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # tokenizer back ends raise bare Exception for damaged files
-        raise FormatError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-        _say_once(f"{folder}: the tokenizer has no padding token; {tokenizer.eos_token!r} is used")
-    return tokenizer
-
-
-@cache
-def _say_once(message: str) -> None:
-    log.warning(message)
-
-
-def pad_token_id(tokenizer: Any) -> int:
-    """The id to pad with.
-
-    Raises:
-        BadInput: if the tokenizer has neither a padding nor an end-of-text token.
-    """
-    found = getattr(tokenizer, "pad_token_id", None)
-    if found is None:
-        raise BadInput(
-            "the tokenizer has neither a padding nor an end-of-text token, and a batch of texts "
-            "needs one; set tokenizer.pad_token or use batch_size=1"
-        )
-    return int(found)
-
-
 def set_compute_dtype_(model: nn.Module, compute_dtype: str | torch.dtype = "auto") -> None:
     """Set the dtype in which QuantLinear layers multiply.
 
@@ -219,14 +185,19 @@ def set_compute_dtype_(model: nn.Module, compute_dtype: str | torch.dtype = "aut
     Raises:
         BadInput: for an unknown dtype.
     """
-    chosen = None if compute_dtype == "auto" else parse_dtype(compute_dtype)
-    if compute_dtype == "auto" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    ):
-        chosen = torch.bfloat16
+    if compute_dtype == "auto":
+        chosen = torch.bfloat16 if _multiplies_bfloat16() else None
+    else:
+        chosen = parse_dtype(compute_dtype)
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.compute_dtype = chosen
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -176,7 +176,8 @@ def quantize(
     if weight.dim() != 2:
         raise BadInput(f"weight of {name!r} has shape {tuple(weight.shape)}; wanted (out, in)")
     shape = scheme.scale_shape(weight.shape[0], weight.shape[1], name)
-    grouped = _grouped(weight.detach().float(), shape)
+    # A transposed weight must not leave codes with transposed strides.
+    grouped = _grouped(weight.detach().float().contiguous(), shape)
     if not torch.isfinite(grouped).all():
         raise BadInput(
             f"weight of {name!r} holds NaN or infinity; repair the checkpoint or exclude it"

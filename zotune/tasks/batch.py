@@ -110,10 +110,10 @@ def pad_stack(
     width = longest if length is None else length
     if longest > width:
         raise BadInput(f"a row of {longest} tokens does not fit length={width}")
-    padded = torch.full((len(rows), width), value, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        start = width - len(row) if side == "left" else 0
-        padded[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[i, start : start + len(row)] = 1
-    return padded, mask
+    fill = [[value] * (width - len(row)) for row in rows]
+    right = side == "right"
+    padded = [[*row, *gap] if right else [*gap, *row] for row, gap in zip(rows, fill, strict=True)]
+    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    places = torch.arange(width) if right else torch.arange(width - 1, -1, -1)
+    ids = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
+    return ids, (places < lengths).long()

@@ -50,7 +50,7 @@ class CandidateScorer:
 
     def encode(self, prompt: str, answers: Sequence[str], join: str, label: int) -> Candidates:
         """Tokenize prompt + answer for every answer; all are cut to the same prompt."""
-        pairs = [self.encoder.pair(prompt, answer, join) for answer in answers]
+        pairs = self.encoder.pairs(prompt, answers, join)
         longest = max(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
         excess = len(longest[0]) + len(longest[1]) - self.encoder.limit
         if excess > 0:

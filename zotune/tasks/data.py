@@ -168,7 +168,7 @@ def _delimited(delimiter: str, quoting: Literal[0, 3]) -> Callable[..., Iterator
 
 def _parquet(path: Path, encoding: str, columns: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
     try:
-        from pyarrow import parquet  # type: ignore[import-untyped]
+        from pyarrow import parquet
     except ImportError as error:
         raise DataError(f"reading {path} needs pyarrow; pip install pyarrow") from error
     try:

@@ -141,22 +141,31 @@ class TextEncoder:
         return [] if self.bos is None else [self.bos]
 
     def pair(self, prompt: str, answer: str, join: str = "") -> tuple[list[int], list[int]]:
-        """(prompt ids, answer ids) of prompt + join + answer tokenized as one text.
+        """`pairs` for one answer."""
+        return self.pairs(prompt, [answer], join)[0]
 
-        The answer begins where the ids of the whole leave the ids of the prompt alone, so merges
+    def pairs(
+        self, prompt: str, answers: Sequence[str], join: str = ""
+    ) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, answer ids) of prompt + join + answer, each tokenized as one text.
+
+        An answer begins where the ids of the whole leave the ids of the prompt alone, so merges
         across the border belong to the answer.
 
         Raises:
-            DataError: the answer adds no token.
+            DataError: an answer adds no token.
         """
-        alone, whole = self.raw(prompt), self.raw(prompt + join + answer)
-        cut = 0
-        while cut < min(len(alone), len(whole)) and alone[cut] == whole[cut]:
-            cut += 1
-        cut = min(cut, len(alone))
-        if cut == len(whole):
-            raise DataError(f"the answer {answer!r} adds no token behind the prompt")
-        return self.head + whole[:cut], whole[cut:]
+        texts = [prompt, *(prompt + join + answer for answer in answers)]
+        alone, *wholes = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        found = []
+        for answer, whole in zip(answers, wholes, strict=True):
+            cut = 0
+            while cut < min(len(alone), len(whole)) and alone[cut] == whole[cut]:
+                cut += 1
+            if cut == len(whole):
+                raise DataError(f"the answer {answer!r} adds no token behind the prompt")
+            found.append((self.head + whole[:cut], whole[cut:]))
+        return found
 
     def fit(self, prompt: list[int], answer: list[int]) -> list[int]:
         """The prompt ids that leave room for the answer, cut on the left, BOS kept.

@@ -139,14 +139,17 @@ def first_of(row: Row, *names: str) -> Any:
 
 
 def text_row(row: Row) -> Row:
+    """text (SST: sentence) and label."""
     return {"text": first_of(row, "text", "sentence"), "label": first_of(row, "label")}
 
 
 def trec_row(row: Row) -> Row:
+    """text and the coarse label."""
     return {"text": first_of(row, "text"), "label": first_of(row, "coarse_label", "label")}
 
 
 def nli_row(row: Row) -> Row:
+    """premise, hypothesis and label, under any of their usual names."""
     return {
         "premise": first_of(row, "premise", "sentence1", "text_a"),
         "hypothesis": first_of(row, "hypothesis", "sentence2", "text_b"),
@@ -155,6 +158,7 @@ def nli_row(row: Row) -> Row:
 
 
 def news_row(row: Row) -> Row:
+    """AG News: title and description as one text; its own file counts classes from 1."""
     if "Class Index" in row:
         text = f"{row['Title']}. {row['Description']}"
         return {"text": text.replace("\\", " "), "label": int(row["Class Index"]) - 1}
@@ -162,6 +166,7 @@ def news_row(row: Row) -> Row:
 
 
 def boolq_row(row: Row) -> Row:
+    """passage and a question that begins with a capital and ends in a question mark."""
     question = str(first_of(row, "question")).strip().rstrip("?")
     return {
         "passage": first_of(row, "passage"),
@@ -171,6 +176,7 @@ def boolq_row(row: Row) -> Row:
 
 
 def wic_row(row: Row) -> Row:
+    """word and two sentences; `first` names the word for encoders."""
     word, one, two = (str(first_of(row, name)) for name in ("word", "sentence1", "sentence2"))
     return {
         "word": word,
@@ -182,6 +188,7 @@ def wic_row(row: Row) -> Row:
 
 
 def wsc_row(row: Row) -> Row:
+    """text, noun and pronoun; `claim` says for encoders what is to be judged."""
     spans = row.get("target", row)
     noun, pronoun = first_of(spans, "span1_text"), first_of(spans, "span2_text")
     return {
@@ -194,6 +201,7 @@ def wsc_row(row: Row) -> Row:
 
 
 def multirc_row(row: Row) -> Row:
+    """paragraph, question, answer; `claim` is question and answer for encoders."""
     question, answer = first_of(row, "question"), first_of(row, "answer")
     return {
         "paragraph": first_of(row, "paragraph"),
@@ -216,6 +224,7 @@ def copa_row(row: Row) -> Row:
 
 
 def squad_row(row: Row) -> Row:
+    """title, context, question, answers as texts, and the article that a split keeps whole."""
     answers = first_of(row, "answers")
     texts = answers["text"] if isinstance(answers, dict) else answers
     return {
@@ -228,6 +237,7 @@ def squad_row(row: Row) -> Row:
 
 
 def article_row(row: Row) -> Row:
+    """The text as it is."""
     return {"text": first_of(row, "text")}
 
 

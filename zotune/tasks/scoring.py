@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,55 +73,40 @@ class CausalScorer:
         ids = torch.tensor([[1, 2, 3, 1]], device=device_of(model))
         mask = torch.ones_like(ids)
         with evaluating(model):
-            whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-            parts = CausalScorer(split=True)._logits(model, ids, mask, None).float()
-        same = whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-5, atol=1e-5)
+            whole, _ = CausalScorer(split=False)._states(model, ids, mask)
+            hidden, head = CausalScorer(split=True)._states(model, ids, mask)
+            parts = head(hidden)
+        same = whole.shape == parts.shape and torch.allclose(
+            whole.float(), parts.float(), rtol=1e-5, atol=1e-5
+        )
         return CausalScorer(split=bool(same))
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits at the batch's target_positions, (rows, T, vocabulary), in the model's dtype."""
-        return self._logits(
-            model, batch["input_ids"], batch["attention_mask"], batch["target_positions"]
-        )
-
-    def _logits(
-        self, model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor | None
-    ) -> Tensor:
-        parts = _parts(model) if self.split else None
-        if parts is None:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            return logits if positions is None else _gather(logits, positions)
-        body, head = parts
-        hidden = body(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        return head(hidden if positions is None else _gather(hidden, positions))
+        states, head = self._states(model, batch["input_ids"], batch["attention_mask"])
+        return head(_gather(states, batch["target_positions"]))
 
     def token_logprobs(self, model: nn.Module, batch: Batch) -> Tensor:
         """log p of every target token, (rows, T) float32, 0 where target_mask is 0."""
+        states, head = self._states(model, batch["input_ids"], batch["attention_mask"])
         positions, wanted = batch["target_positions"], batch["target_ids"]
+        width = _piece(positions.shape[0], model)
+        parts = [
+            _logprob(head(_gather(states, positions[:, i : i + width])), wanted[:, i : i + width])
+            for i in range(0, positions.shape[1], width)
+        ]
+        return torch.cat(parts, dim=1) * batch["target_mask"]
+
+    def _states(
+        self, model: nn.Module, ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """(states (rows, L, n), the function from states to logits)."""
         parts = _parts(model) if self.split else None
         if parts is None:
-            logprobs = _logprob(self.logits(model, batch), wanted)
-        else:
-            body, head = parts
-            hidden = body(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-            )[0]
-            picked = _gather(hidden, positions)
-            pieces = _pieces(positions, model)
-            logprobs = torch.cat(
-                [
-                    _logprob(head(part), want)
-                    for part, want in zip(
-                        torch.split(picked, pieces, 1),
-                        torch.split(wanted, pieces, 1),
-                        strict=True,
-                    )
-                ],
-                dim=1,
-            )
-        return logprobs * batch["target_mask"]
+            out = model(input_ids=ids, attention_mask=mask, use_cache=False)
+            return out.logits, lambda states: states
+        body, head = parts
+        return body(input_ids=ids, attention_mask=mask, use_cache=False)[0], head
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
@@ -146,7 +131,7 @@ def _logprob(logits: Tensor, wanted: Tensor) -> Tensor:
     return picked - logits.logsumexp(-1)
 
 
-def _pieces(positions: Tensor, model: nn.Module) -> int:
+def _piece(rows: int, model: nn.Module) -> int:
     """Positions per piece so that one piece's logits stay below MAX_LOGITS numbers."""
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0) or 32768)
-    return max(1, MAX_LOGITS // (positions.shape[0] * vocabulary))
+    return max(1, MAX_LOGITS // (rows * vocabulary))

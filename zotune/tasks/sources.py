@@ -194,11 +194,11 @@ def _from_hub_splits(loaded: Any, name: str, splits: Mapping[str, str] | None = 
     tables: Tables = {}
     wanted = {k: (v,) for k, v in splits.items()} if splits else SPLIT_STEMS
     for split, stems in wanted.items():
-        for stem in stems:
-            if stem in loaded:
-                rows = [dict(row) for row in loaded[stem]]
-                tables[split] = table(rows, f"{name} ({stem})")
-                break
+        stem = next((stem for stem in stems if stem in loaded), None)
+        if stem is not None:
+            tables[split] = table([dict(row) for row in loaded[stem]], f"{name} ({stem})")
+        elif splits:
+            raise DataError(f"data set {name!r} has no split {stems[0]!r}; it has {list(loaded)}")
     if not tables:
         raise DataError(f"data set {name!r} has no train, validation or test split: {list(loaded)}")
     return tables

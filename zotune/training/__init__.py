@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from zotune.training.objective import Objective
     from zotune.training.rebuild import replay
     from zotune.training.report import Result
+    from zotune.training.settings import EvalConfig
 
 _WHERE = {
+    "EvalConfig": "settings",
     "Journal": "journal",
     "Objective": "objective",
     "Result": "report",
@@ -28,9 +30,17 @@ _WHERE = {
 }
 
 __all__ = [
-    "Journal", "Objective", "Result", "TrainConfig", "evaluate", "load_model", "replay", "train",
+    "EvalConfig",
+    "Journal",
+    "Objective",
+    "Result",
+    "TrainConfig",
+    "evaluate",
+    "load_model",
+    "replay",
+    "train",
     "write_model",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:

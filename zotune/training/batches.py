@@ -1,4 +1,4 @@
-"""Which examples a step sees: a pure function of (seed, step), so that a resumed run sees the same."""
+"""Which examples a step sees: a pure function of (seed, step), the same when a run is resumed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class Batches:
             raise DataError("the training split is empty; a run needs at least one example")
         if size > len(examples):
             log.warning(
-                "batches of %d examples from %d: examples repeat within a batch", size, len(examples)
+                "batches of %d examples from %d: examples repeat within a batch",
+                size,
+                len(examples),
             )
         self.task, self.examples, self.size, self.seed = task, examples, size, seed
         self._features: dict[int, Any] = {}

@@ -44,7 +44,8 @@ class Hooks:
         )
 
         self.args = _arguments(config, metric, higher_is_better)
-        self.handler = CallbackHandler([DefaultFlowCallback, *chosen], model, tokenizer, None, None)
+        handler: Any = CallbackHandler
+        self.handler = handler([DefaultFlowCallback, *chosen], model, tokenizer, None, None)
         self.state = TrainerState(
             max_steps=config.max_steps,
             logging_steps=config.logging_steps,
@@ -132,12 +133,13 @@ def _arguments(config: TrainConfig, metric: str, higher_is_better: bool) -> Any:
 def _reporters(names: list[str]) -> list[Any]:
     if not names:
         return []
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers import integrations
 
+    find: Any = integrations.get_reporting_integration_callbacks  # type: ignore[attr-defined]
     found = []
     for name in names:
         try:
-            (kind,) = get_reporting_integration_callbacks([name])
+            (kind,) = find([name])
             found.append(kind())
         except ValueError as error:
             raise BadInput(f"report_to={name!r}: {error}") from error

@@ -22,7 +22,6 @@ ALIASES = {
     "resume": "resume_from_checkpoint",
     "schedule": "lr_scheduler_type",
     "warmup": "warmup_steps",
-    "gradient_clip": "max_grad_norm",
     "dataset_name": "data",
 }
 """Short names, accepted on the command line and in YAML."""
@@ -41,14 +40,15 @@ class TrainConfig:
 
     Args:
         model_name_or_path: folder or hub id of the model. Alias: model.
-        task: name of the task, with options if any: "sst2", "classification(template='{text}\\nTopic:')".
+        task: name of the task, with options if any: "sst2",
+            "classification(template='{text} Topic:')".
         output_dir: the run folder; must be new or empty. Alias: out.
         task_options: options of the task (template, labels, objective, ...), for YAML.
         data: file, folder or hub data set, where the task does not name its own.
         train_file: rows to train on (.jsonl, .json, .csv, .tsv, .parquet, .txt).
         validation_file: rows to choose the best state by.
         test_file: rows for the numbers before and after.
-        method: the method, with options if any: "mezo", "zo-adam(queries=4)"; `zotune list methods`.
+        method: the method, with options if any: "mezo", "zo-adam(queries=4)".
         space: what is tuned: "adapter(rank=1)+head"; the method's own default when null.
         learning_rate: the method's default when null. Alias: lr.
         eps: perturbation scale; the method's default when null. Alias: zo_eps.
@@ -79,7 +79,8 @@ class TrainConfig:
         max_bad_steps: stop after so many steps in a row whose loss is not finite.
         report_to: trackers as Hugging Face names them: "tensorboard", "wandb", ... or "none".
         callbacks: dotted paths of transformers.TrainerCallback classes.
-        resume_from_checkpoint: true to go on with the run in output_dir, or a run folder. Alias: resume.
+        resume_from_checkpoint: true to go on with the run in output_dir, or a run folder.
+            Alias: resume.
         overwrite_output_dir: start anew in a folder that holds an old run.
         trust_remote_code: let Python files of the checkpoint run.
         show_progress: whether to draw a progress bar on a terminal.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.core.spaces.parameters import heads
 from zotune.errors import BadInput
 from zotune.models import Loaded, PooledClassifier
 from zotune.models import load as load_checkpoint
-from zotune.models.adapter import adapters, attach, detach, load_peft, save_peft
+from zotune.models.adapter import adapters, attach, detach, fold_, load_peft, save_peft
 from zotune.quant import QuantLinear, formats
 from zotune.quant.formats.folder import replace_folder
+from zotune.training.journal import NAME as JOURNAL
 from zotune.training.snapshots import cannot_write
 
 ADAPTER = "adapter"
@@ -23,6 +26,9 @@ ADAPTER = "adapter"
 
 def load_model(path: str | Path, **options: Any) -> Loaded:
     """`zotune.models.load`, with the adapters that a training run left in the folder."""
+    inside = Path(path).expanduser() / "model"
+    if (inside.parent / JOURNAL).exists() and inside.is_dir():
+        path = inside  # a run folder: its model
     loaded = load_checkpoint(path, **options)
     folder = loaded.path / ADAPTER
     if (folder / "adapter_config.json").exists():
@@ -44,8 +50,7 @@ def write_model(model: nn.Module, folder: Path, source: Loaded) -> Path:
             with without_adapters(model) as had:
                 _write_checkpoint(model, fresh, source)
             if had:
-                base = str(source.path) if source.path else ""
-                save_peft(model, fresh / ADAPTER, base, _prefix(model))
+                save_peft(model, fresh / ADAPTER, str(source.path), _prefix(model))
     except OSError as error:
         raise cannot_write(folder, error) from error
     except Exception as error:  # safetensors reports a full disk by an exception of its own
@@ -65,7 +70,8 @@ def _write_checkpoint(model: nn.Module, folder: Path, source: Loaded) -> None:
     from safetensors.torch import save_model
 
     save_model(model, str(folder / "model.safetensors"))  # a module of the user's own
-    (folder / "config.json").write_text('{"architectures": ["%s"]}\n' % type(model).__name__)
+    config = {"architectures": [type(model).__name__]}
+    (folder / "config.json").write_text(json.dumps(config) + "\n")
 
 
 @contextmanager
@@ -81,7 +87,12 @@ def without_adapters(model: nn.Module) -> Iterator[bool]:
 
 
 def round_to_storage_(model: nn.Module) -> None:
-    """Round what the file will round, so that memory and file give the same numbers."""
+    """Make the model what its file will hold, so that memory and file give the same numbers:
+    scales rounded to their stored dtype, a head's basis folded into the head."""
+    inside = heads(model)
+    for _, layer, _ in list(adapters(model)):
+        if id(layer) in inside:
+            fold_(layer)
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.round_to_storage_()
@@ -92,12 +103,17 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def from_module(model: nn.Module) -> Loaded:
-    """A module of the user's own as a loaded model."""
+def from_module(model: nn.Module | Loaded) -> Loaded:
+    """A module of the user's own as a loaded model; its files, if any, lie where it came from."""
+    if isinstance(model, Loaded):
+        return model
     if not isinstance(model, nn.Module):
-        raise BadInput(f"model is a {type(model).__name__}; give a torch.nn.Module or a folder")
-    tokenizer, config = getattr(model, "tokenizer", None), getattr(model, "config", None)
-    return Loaded(model.eval(), tokenizer, "module", Path("."), config, "float")
+        raise BadInput(
+            f"model is a {type(model).__name__}; give a torch.nn.Module or zotune.load()"
+        )
+    config = getattr(model, "config", None)
+    origin = getattr(config, "_name_or_path", "") or f"<{type(model).__name__}>"
+    return Loaded(model.eval(), None, "module", Path(origin), config, "float")
 
 
 def _prefix(model: nn.Module) -> str:
@@ -107,5 +123,3 @@ def _prefix(model: nn.Module) -> str:
 def use_threads(count: int | None) -> None:
     if count is not None:
         torch.set_num_threads(count)
-
-

@@ -94,9 +94,7 @@ class Journal:
             )
         if found.fault:
             log.warning("%s: %s; keeping the first %d steps", path, found.fault, len(found.records))
-        return cls(
-            path, header, attached, found.records, found.kept, found.size, found.crc, crc
-        )
+        return cls(path, header, attached, found.records, found.kept, found.size, found.crc, crc)
 
 
 @dataclass
@@ -117,9 +115,13 @@ def _read_head(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, Tenso
     start = len(MAGIC) + _SIZES.size
     if data[: len(MAGIC)] != MAGIC:
         if data[: len(MAGIC) - 1] == MAGIC[:-1]:
-            raise JournalError(f"{path}: journal version {data[len(MAGIC) - 1]}; this zotune reads 1")
+            raise JournalError(
+                f"{path}: journal version {data[len(MAGIC) - 1]}; this zotune reads 1"
+            )
         raise JournalError(f"{path} is not a zotune journal (its first bytes are others)")
-    cut = JournalError(f"{path}: the journal is cut off or damaged inside its header; no step is left")
+    cut = JournalError(
+        f"{path}: the journal is cut off or damaged inside its header; no step is left"
+    )
     if len(data) < start:
         raise cut
     sizes = data[len(MAGIC) : start]
@@ -176,7 +178,6 @@ class JournalWriter:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         _lock(self._file, path)
         os.ftruncate(self._file, size)
-        os.lseek(self._file, size, os.SEEK_SET)
 
     @classmethod
     def create(
@@ -227,7 +228,7 @@ class JournalWriter:
         crc = zlib.crc32(body, self.crc)
         piece = body + struct.pack("<I", crc)
         try:
-            written = os.write(self._file, piece)
+            written = os.pwrite(self._file, piece, self.size)
             if written < len(piece):
                 raise OSError(28, "no space left on device")
         except OSError as error:

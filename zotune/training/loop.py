@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 from torch import nn
 
-from zotune.core.estimator import Estimate
-from zotune.core.step import StepReport, Tuner
-from zotune.errors import ZotuneError
-from zotune.tasks.task import Example, Task
-from zotune.training import report, snapshots
-from zotune.training.assemble import Bench, assemble
-from zotune.training.batches import spread
+from zotune.models import Loaded
+from zotune.tasks.task import Task
+from zotune.training.assemble import assemble
 from zotune.training.callbacks import Hooks
 from zotune.training.config import TrainConfig
-from zotune.training.folders import round_to_storage_, use_threads, write_model
+from zotune.training.folders import use_threads
 from zotune.training.journal import JournalWriter
-from zotune.training.memory import peak_bytes, reset_peak
-from zotune.training.progress import Progress
-from zotune.training.report import Metrics, Result
+from zotune.training.report import Result
 from zotune.training.resume import (
     bad_steps_at_end,
     check_folder,
     resume,
     resumed_config,
-    save_snapshot,
     start,
 )
-
-log = logging.getLogger("zotune")
+from zotune.training.run import Run
 
 
 def train(
     config: TrainConfig,
     *,
-    model: nn.Module | None = None,
+    model: nn.Module | Loaded | None = None,
     task: Task | None = None,
     callbacks: Sequence[Any] = (),
     repair: bool = False,
@@ -67,230 +57,9 @@ def train(
         check_folder(config)
         bench, seconds, bad = assemble(config, model=model, task=task), 0.0, 0
         writer = start(bench)
-    run = Run(bench, writer, seconds, bad)
-    try:
+    with closing(writer), closing(Run(bench, writer, seconds, bad)) as run:
         run.hooks = Hooks(
             config, callbacks, model=bench.model, tokenizer=bench.loaded.tokenizer,
             metric=bench.task.metric, higher_is_better=bench.task.higher_is_better,
         )  # fmt: skip
         return run.go()
-    finally:
-        run.close()
-
-
-class Run:
-    """One process's share of a run."""
-
-    hooks: Hooks
-
-    def __init__(self, bench: Bench, writer: JournalWriter, seconds: float, bad: int) -> None:
-        self.bench, self.config, self.writer = bench, bench.config, writer
-        self.tuner, self.out = bench.tuner, bench.config.out
-        self.seconds, self.bad = seconds, bad
-        self.metrics = Metrics(self.out, self.tuner.done)
-        self.best, self.best_step = self._best_so_far()
-        self.window: list[float] = []
-        self.saved = -1
-        if isinstance(self.tuner, Tuner):
-            self.tuner.record = self._record
-
-    def _record(self, step: int, estimate: Estimate) -> None:
-        self.writer.append(estimate.coefficients, estimate.loss)
-
-    def go(self) -> Result:
-        before = self._before()
-        reset_peak(self.config.device)
-        self._train()
-        peak = peak_bytes(self.config.device)
-        if self.config.load_best_model_at_end:
-            self._load_best()
-        round_to_storage_(self.bench.model)
-        after = self._evaluate(self._final_split())
-        result = self._result(before, after, peak)
-        write_model(self.bench.model, self.out / "model", self.bench.loaded)
-        self.writer.finish(result.kept)
-        result.save()
-        report.plot(self.out, self.metrics.rows, self.bench.task.metric)
-        text = report.card(result, self.config, self.bench.base, self._task_text())
-        for folder in (self.out, self.out / "model"):
-            snapshots.write_atomic(folder / report.CARD, text.encode())
-        self.hooks.end()
-        return result
-
-    def _train(self) -> None:
-        total, config = self.config.max_steps, self.config
-        with Progress(total, self.tuner.done, config.device, config.show_progress) as progress:
-            self.hooks.begin(self.tuner.done)
-            try:
-                while True:
-                    self._look()
-                    if self.tuner.done >= total or self.hooks.stop:
-                        break
-                    self.hooks.step_begin()
-                    step = self._step()
-                    self.hooks.step_end(self.tuner.done, self._epoch)
-                    progress.update(self.tuner.done, step.loss)
-                    self._log(step, progress)
-            except KeyboardInterrupt:
-                self._save()
-                log.warning("stopped at step %d; go on with --resume", self.tuner.done)
-                raise
-        self._save()
-
-    def _step(self) -> StepReport:
-        began = time.perf_counter()
-        batch = self.bench.batches[self.tuner.done]
-        step = self.tuner.step(batch)
-        if not isinstance(self.tuner, Tuner):
-            self.writer.append((), step.loss)
-        self.seconds += time.perf_counter() - began
-        self.bad = 0 if step.applied else self.bad + 1
-        if self.bad:
-            log.warning("step %d: the loss is not finite; the step is skipped", step.step)
-        if self.bad >= self.config.max_bad_steps:
-            self._save()
-            raise ZotuneError(
-                f"the last {self.bad} steps gave no finite loss (up to step {self.tuner.done}): lower "
-                f"learning_rate (now {self.bench.method.lr:g}) or eps, or look at the data; the state "
-                f"before them is kept in {self.out / snapshots.FOLDER}"
-            )
-        return step
-
-    def _look(self) -> None:
-        """Evaluate, note the best, save: what is due after `done` steps."""
-        done, config = self.tuner.done, self.config
-        due = config.eval_steps and done and done % config.eval_steps == 0
-        if (due or self.hooks.wants("evaluate")) and not self.metrics.evaluated(done):
-            self._note(self._evaluate(self._choice_split()))
-        due = config.save_steps and done and done % config.save_steps == 0
-        if due or self.hooks.wants("save"):
-            self._save()
-
-    def _note(self, numbers: dict[str, float]) -> None:
-        task, done = self.bench.task, self.tuner.done
-        value = numbers[task.metric]
-        best = math.isfinite(value) and (
-            self.best is None or (value > self.best if task.higher_is_better else value < self.best)
-        )
-        if best:
-            self.best, self.best_step = value, done
-            save_snapshot(self.bench, "best", self.seconds, self._head, value)
-        row = {f"eval_{k}": v for k, v in numbers.items()}
-        self.metrics.add({"step": done, **row})
-        log.info("step %d: %s", done, "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
-        self.hooks.evaluated(row, value, best)
-        self.hooks.log(row)
-
-    def _save(self) -> None:
-        if self.saved == self.tuner.done:
-            return
-        self.saved = self.tuner.done
-        save_snapshot(self.bench, "last", self.seconds, self._head)
-        self.hooks.saved()
-
-    def _log(self, step: StepReport, progress: Progress) -> None:
-        self.window.append(step.loss)
-        done = self.tuner.done
-        if done % self.config.logging_steps and done != self.config.max_steps and not self.hooks.wants("log"):
-            return
-        finite = [x for x in self.window if math.isfinite(x)]
-        row = {
-            "loss": sum(finite) / len(finite) if finite else None,
-            "learning_rate": step.lr,
-            "steps_per_second": progress.rate,
-            "memory_bytes": peak_bytes(self.config.device),
-            "forwards": self.bench.evaluator.forwards,
-            "seconds": self.seconds,
-            "epoch": self._epoch,
-        }
-        self.window.clear()
-        self.metrics.add({"step": done, **{k: v for k, v in row.items() if v is not None}})
-        self.hooks.log({k: v for k, v in row.items() if v is not None})
-
-    @property
-    def _head(self) -> str:
-        return f"{self.writer.start_crc:08x}"
-
-    @property
-    def _epoch(self) -> float:
-        return self.tuner.done * self.bench.batches.size / len(self.bench.batches.examples)
-
-    def _evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
-        chosen = spread(examples, self.config.max_eval_samples)
-        size = self.config.per_device_eval_batch_size
-        return self.bench.task.evaluate(self.bench.model, chosen, size)
-
-    def _choice_split(self) -> Sequence[Example]:
-        return self.bench.task.split(_first(self.bench.task, ("dev", "test", "train")))
-
-    def _final_split(self) -> Sequence[Example]:
-        return self.bench.task.split(self._final)
-
-    @property
-    def _final(self) -> str:
-        return _first(self.bench.task, ("test", "dev", "train"))
-
-    def _before(self) -> dict[str, float]:
-        """Measured once, by the process that began the run."""
-        for row in self.metrics.rows:
-            if "before" in row:
-                return dict(row["before"])
-        if self.tuner.done:
-            log.warning("metrics.jsonl lost the numbers before training; the result has none")
-            return {}
-        numbers = self._evaluate(self._final_split())
-        self.metrics.add({"step": 0, "before": numbers})
-        log.info("before: %s", "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
-        return numbers
-
-    def _best_so_far(self) -> tuple[float | None, int | None]:
-        found = snapshots.load(self.out, "best")
-        if found is None or found[1].start != self._head or found[1].done > self.tuner.done:
-            return None, None
-        return found[1].metric, found[1].done
-
-    def _load_best(self) -> None:
-        found = snapshots.load(self.out, "best")
-        if found is None or self.best_step is None:
-            log.warning("no evaluation was finite; keeping the last state")
-            return
-        self.tuner.load_(found[0], found[1].done, found[1].applied)
-
-    def _result(self, before: dict[str, float], after: dict[str, float], peak: int) -> Result:
-        bench, metric = self.bench, self.bench.task.metric
-        steps = self.saved
-        return Result(
-            before=before.get(metric),
-            after=after[metric],
-            metric=metric,
-            higher_is_better=bench.task.higher_is_better,
-            split=self._final,
-            steps=steps,
-            applied=self.tuner.applied,
-            kept=self.tuner.done,
-            forwards=bench.evaluator.forwards,
-            train_seconds=self.seconds,
-            steps_per_second=steps / self.seconds if self.seconds else 0.0,
-            peak_memory_bytes=peak,
-            trainable=bench.space.numel,
-            method=repr(bench.method),
-            space=repr(bench.spec),
-            out=str(self.out),
-            best=self.best,
-            best_step=self.best_step,
-            journal_bytes=self.writer.size,
-            numbers={"before": before, "after": after},
-        )
-
-    def _task_text(self) -> str:
-        return self.config.task or self.bench.task.name
-
-    def close(self) -> None:
-        self.metrics.close()
-        self.writer.close()
-
-
-def _first(task: Task, names: Sequence[str]) -> str:
-    return next(name for name in names if name in task.splits)
-
-

@@ -56,6 +56,10 @@ class Objective(Task):
     def splits(self) -> tuple[str, ...]:
         return tuple(self._splits)
 
+    @property
+    def truncated(self) -> int:
+        return 0
+
     def prepare(self, loaded: Loaded) -> nn.Module:
         return loaded.model
 
@@ -75,8 +79,8 @@ class Objective(Task):
         loss, weight = found if isinstance(found, tuple) else (found, torch.ones_like(found))
         if loss.shape != (batch.size,):
             raise BadInput(
-                f"the objective gave a loss of shape {tuple(loss.shape)}; want one number per example, "
-                f"({batch.size},)"
+                f"the objective gave a loss of shape {tuple(loss.shape)}; want one number per "
+                f"example, ({batch.size},)"
             )
         return loss.float(), weight.float()
 

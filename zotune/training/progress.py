@@ -44,10 +44,14 @@ class Progress:
         console = Console(stderr=True)
         if not console.is_terminal:
             return
-        self._bar = Bar(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(), console=console, transient=False,
-        )  # fmt: skip
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Bar(*columns, console=console)
         self._task = self._bar.add_task("", total=self.total, completed=self.done, text="")
 
     def __enter__(self) -> Self:

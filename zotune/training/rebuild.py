@@ -18,7 +18,6 @@ from zotune.core.space import SpaceSpec
 from zotune.core.step import Tuner
 from zotune.errors import BadInput, JournalError
 from zotune.models import Loaded, PooledClassifier, fingerprint
-from zotune.training.assemble import check_base, rebuild_space
 from zotune.training.folders import (
     from_module,
     load_model,
@@ -26,6 +25,7 @@ from zotune.training.folders import (
     use_threads,
     write_model,
 )
+from zotune.training.header import check_base, check_noise, rebuild_space
 from zotune.training.journal import Journal
 from zotune.training.resume import replay_
 
@@ -34,7 +34,7 @@ log = logging.getLogger("zotune")
 
 def replay(
     run: str | Path,
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | Loaded,
     out: str | Path | None = None,
     *,
     steps: int | None = None,
@@ -58,6 +58,7 @@ def replay(
     """
     use_threads(threads)
     journal = Journal.read(run, repair=repair)
+    check_noise(journal)
     method = _method(journal)
     count = _count(journal, steps, repair)
     loaded = _base(journal, model, device, trust_remote_code)
@@ -92,8 +93,8 @@ def _method(journal: Journal) -> Method:
     method = read_record(journal.header["method"], (Method, Backprop))
     if not isinstance(method, Method):
         raise JournalError(
-            f"{journal.path}: a run by backprop ({method.name}) cannot be replayed: its gradients are "
-            "not in the journal, only its losses; use the run's own model"
+            f"{journal.path}: a run by backprop ({method.name}) cannot be replayed: its gradients "
+            "are not in the journal, only its losses; use the run's own model"
         )
     return method
 
@@ -107,18 +108,18 @@ def _count(journal: Journal, steps: int | None, repair: bool) -> int:
         return journal.kept
     if not repair:
         raise JournalError(
-            f"{journal.path} holds {len(journal.records)} of {journal.header['total']} steps and no "
-            "end mark: the run has not ended, or the journal was cut off. --resume ends the run; "
-            "--repair rebuilds what is there"
+            f"{journal.path} holds {len(journal.records)} of {journal.header['total']} steps "
+            "and no end mark: the run has not ended, or the journal was cut off. --resume ends "
+            "the run; --repair rebuilds what is there"
         )
     return len(journal.records)
 
 
 def _base(
-    journal: Journal, model: str | Path | nn.Module, device: str, trust_remote_code: bool
+    journal: Journal, model: str | Path | nn.Module | Loaded, device: str, trust_remote_code: bool
 ) -> Loaded:
-    if isinstance(model, nn.Module):
-        return from_module(model.to(device))
+    if isinstance(model, nn.Module | Loaded):
+        return from_module(model)
     config = journal.header["config"]
     options = {
         "kind": journal.header["kind"] if journal.header["kind"] != "module" else "auto",
@@ -143,7 +144,7 @@ def _wrapped(loaded: Loaded, journal: Journal) -> nn.Module:
     weight = journal.attached.get("head.weight")
     if weight is None:
         raise JournalError(f"{journal.path} names {len(labels)} labels but holds no head")
-    head = nn.utils.skip_init(nn.Linear, weight.shape[1], len(labels))
+    head = nn.Linear(weight.shape[1], len(labels), device="meta")  # draws no random numbers
     head.weight = nn.Parameter(torch.zeros_like(weight))
     head.bias = nn.Parameter(weight.new_zeros(len(labels)))
     device = next(loaded.model.parameters()).device
@@ -159,7 +160,9 @@ def read_record(text: str, kind: Any) -> Any:
     try:
         value = _value(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, TypeError, BadInput) as error:
-        raise JournalError(f"the journal holds a record that cannot be read: {text!r} ({error})") from error
+        raise JournalError(
+            f"the journal holds a record that cannot be read: {text!r} ({error})"
+        ) from error
     if not isinstance(value, kind):
         raise JournalError(f"the journal holds {text!r} where another kind of record belongs")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ class Result:
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Numbers that are not finite become null, as JSON has no word for them."""
+        return dict(plain(dataclasses.asdict(self)))
 
     def save(self) -> None:
         write_json(Path(self.out) / RESULT, self.as_dict())
@@ -66,7 +68,7 @@ class Metrics:
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         try:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps(plain(row)) + "\n")
             self._file.flush()
         except OSError as error:
             raise cannot_write(self.path, error) from error
@@ -107,7 +109,9 @@ def read_config(folder: Path) -> TrainConfig:
     try:
         values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise FormatError(f"{folder} is not a run folder: {CONFIG} cannot be read ({error})") from error
+        raise FormatError(
+            f"{folder} is not a run folder: {CONFIG} cannot be read ({error})"
+        ) from error
     return TrainConfig.of({**values, "output_dir": str(folder)})
 
 
@@ -138,14 +142,14 @@ def plot(folder: Path, rows: list[dict[str, Any]], metric: str) -> None:
 def card(result: Result, config: TrainConfig, base: str, labels: str) -> str:
     """A short model card."""
     name = config.model_name_or_path or "a model given in Python"
-    options = "".join(
-        f" --{flag} {value}"
-        for flag, value in (
-            ("dtype", config.dtype), ("compute_dtype", config.compute_dtype),
-            ("max_length", config.max_length), ("data", config.data), ("test_file", config.test_file),
-        )
-        if value not in (None, "auto")
-    )  # fmt: skip
+    flags = {
+        "dtype": config.dtype,
+        "compute_dtype": config.compute_dtype,
+        "max_length": config.max_length,
+        "data": config.data,
+        "test_file": config.test_file,
+    }
+    options = "".join(f" --{k} {v}" for k, v in flags.items() if v not in (None, "auto"))
     return f"""---
 base_model: {name}
 library_name: zotune
@@ -167,6 +171,19 @@ library_name: zotune
 Evaluate: `zotune eval --model model --task {labels!r}{options}`.
 Rebuild from the base and the journal: `zotune replay . --model {name} --out rebuilt`.
 """
+
+
+def plain(value: Any) -> Any:
+    """The same with null for NaN and infinities.
+
+    >>> plain({"loss": float("nan"), "steps": [1]})
+    {'loss': None, 'steps': [1]}
+    """
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: float | None) -> str:

@@ -12,13 +12,15 @@ from typing import Any
 from torch import nn
 
 from zotune.core.estimator import Estimate
-from zotune.core.noise import VERSION, Key
+from zotune.core.noise import Key
 from zotune.core.step import Tuner
 from zotune.errors import BadInput, JournalError
+from zotune.models import Loaded
 from zotune.tasks.task import Task
 from zotune.training import report, snapshots
-from zotune.training.assemble import Bench, assemble, header_of
+from zotune.training.assemble import Bench, assemble
 from zotune.training.config import OWN, TrainConfig
+from zotune.training.header import check_noise, digest_of, header_of
 from zotune.training.journal import NAME, Journal, JournalWriter, Record
 from zotune.training.snapshots import Mark
 
@@ -38,8 +40,8 @@ def check_folder(config: TrainConfig) -> None:
         raise BadInput(f"output_dir {out} is a file; give a folder")
     if out.is_dir() and any(out.iterdir()) and not config.overwrite_output_dir:
         raise BadInput(
-            f"output_dir {out} is not empty; give another folder, --resume to go on with the run in "
-            "it, or --overwrite-output-dir to start anew"
+            f"output_dir {out} is not empty; give another folder, --resume to go on with the run "
+            "in it, or --overwrite-output-dir to start anew"
         )
 
 
@@ -63,15 +65,31 @@ def start(bench: Bench) -> JournalWriter:
 
 
 def resumed_config(config: TrainConfig) -> TrainConfig:
-    """`resume_from_checkpoint` may name the run folder instead of output_dir."""
+    """`resume_from_checkpoint` may name the run folder itself; a run that never began starts.
+
+    Raises:
+        BadInput: the folder named is no run, or is not output_dir.
+    """
     given = config.resume_from_checkpoint
-    if not isinstance(given, str):
+    if isinstance(given, str):
+        if not is_run(Path(given).expanduser()):
+            raise BadInput(f"cannot resume {given}: it holds no {NAME}; give the folder of a run")
+        if Path(given).expanduser().resolve() != config.out.resolve():
+            raise BadInput(
+                f"resume_from_checkpoint={given} is not output_dir={config.out}; a run goes on in "
+                "its own folder"
+            )
+    if not given or is_run(config.out):
         return config
-    return dataclasses.replace(config, output_dir=given, resume_from_checkpoint=True)
+    left = {p.name for p in config.out.iterdir()} if config.out.is_dir() else set()
+    if left - {report.CONFIG, f".{report.CONFIG}.new", f".{NAME}.new"}:
+        raise BadInput(f"cannot resume {config.out}: it holds other files but no {NAME}")
+    log.warning("%s holds no journal yet: starting from the beginning", config.out)
+    return dataclasses.replace(config, resume_from_checkpoint=None, overwrite_output_dir=True)
 
 
 def resume(
-    config: TrainConfig, model: nn.Module | None, task: Task | None, repair: bool = False
+    config: TrainConfig, model: nn.Module | Loaded | None, task: Task | None, repair: bool = False
 ) -> tuple[Bench, Journal, float]:
     """The run of `output_dir` as it stood after its last journalled step.
 
@@ -84,10 +102,11 @@ def resume(
     journal = Journal.read(config.out, repair=repair, torn=True)
     _check_same_run(journal, config)
     bench = assemble(config, model=model, task=task, journal=journal)
-    if journal.header["examples"] != len(bench.batches.examples):
+    if journal.header["data"] != digest_of(bench.batches.examples):
         raise JournalError(
-            f"{journal.path} was written with {journal.header['examples']} training examples; there "
-            f"are {len(bench.batches.examples)} now: give the same data"
+            f"{journal.path} was written with other training examples "
+            f"({journal.header['examples']} of them; there are {len(bench.batches.examples)} "
+            "now): give the same data"
         )
     seconds = restore_(bench, journal)
     if bench.tuner.done < len(journal.records):  # backprop: steps after the snapshot run again
@@ -97,11 +116,7 @@ def resume(
 
 
 def _check_same_run(journal: Journal, config: TrainConfig) -> None:
-    if journal.header["noise"] != VERSION:
-        raise JournalError(
-            f"{journal.path} was written with noise version {journal.header['noise']}; this zotune "
-            f"draws version {VERSION}: use zotune {journal.header['versions']['zotune']}"
-        )
+    check_noise(journal)
     then, now = journal.header["config"], config.as_dict()
     other = [k for k in now if k not in OWN and k in then and _plain(then[k]) != _plain(now[k])]
     if other:
@@ -169,7 +184,9 @@ def cut(journal: Journal, steps: int) -> Journal:
     crc = journal.start_crc
     for place in range(begin, end, size):
         crc = zlib.crc32(data[place : place + size - 4], crc)
-    return dataclasses.replace(journal, records=journal.records[:steps], kept=None, size=end, crc=crc)
+    return dataclasses.replace(
+        journal, records=journal.records[:steps], kept=None, size=end, crc=crc
+    )
 
 
 def head_id(journal: Journal) -> str:
@@ -177,7 +194,9 @@ def head_id(journal: Journal) -> str:
     return f"{journal.start_crc:08x}"
 
 
-def save_snapshot(bench: Bench, name: str, seconds: float, start: str, metric: float | None = None) -> None:
+def save_snapshot(
+    bench: Bench, name: str, seconds: float, start: str, metric: float | None = None
+) -> None:
     """Write the tuner's state as it stands."""
     tuner = bench.tuner
     mark = Mark(tuner.done, tuner.applied, seconds, metric, start)

@@ -81,12 +81,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 def cannot_write(path: Path, error: OSError) -> ZotuneError:
     """What to say when a result cannot be saved."""
     return ZotuneError(
-        f"cannot write {path}: {error.strerror or error}; what was there before is intact: free some "
-        "space and go on with --resume"
+        f"cannot write {path}: {error.strerror or error}; what was there before is intact: free "
+        "some space and go on with --resume"
     )
 
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
-
-

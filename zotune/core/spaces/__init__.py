@@ -7,8 +7,9 @@ from typing import Any
 from zotune.core.calls import nearest, split_calls
 from zotune.core.space import SpaceSpec, SpaceSum
 from zotune.core.spaces.adapter import Adapter
+from zotune.core.spaces.head import Head
 from zotune.core.spaces.lora import Lora
-from zotune.core.spaces.parameters import Biases, Head, Norms, Weights
+from zotune.core.spaces.parameters import Biases, Norms, Weights
 from zotune.core.spaces.quantized import Codes, Scales, Zeros
 from zotune.errors import BadInput
 
@@ -33,7 +34,7 @@ def parse(text: str) -> SpaceSpec:
     """Short names with options, joined by +.
 
     >>> parse("adapter(rank=4) + head(lr=0.01)")  # doctest: +ELLIPSIS
-    SpaceSum(..., parts=(Adapter(eps=None, lr=None, rank=4, ...), Head(eps=None, lr=0.01)))
+    SpaceSum(..., parts=(Adapter(eps=None, lr=None, rank=4, ...), Head(eps=None, lr=0.01, ...))
     """
     specs = [get(name, **options) for name, options in split_calls(text)]
     return specs[0] if len(specs) == 1 else SpaceSum(parts=tuple(specs))

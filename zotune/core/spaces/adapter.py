@@ -22,8 +22,9 @@ from zotune.core.block import FloatBlock, Owner
 from zotune.core.noise import Key
 from zotune.core.space import Observe, Space, SpaceSpec, matching
 from zotune.core.spaces.lora import device_of, sizes
+from zotune.core.spaces.parameters import body_adapters, heads
 from zotune.errors import BadInput
-from zotune.models.adapter import CHILD, LowRank, adapters, attach
+from zotune.models.adapter import CHILD, LowRank, attach
 from zotune.models.linears import linears
 
 _SKETCH = 8  # directions kept beyond the rank while batches stream by
@@ -45,11 +46,12 @@ class Adapter(SpaceSpec):
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
         if self.rank < 1:
             raise BadInput(f"rank={self.rank}; want rank >= 1")
-        if any(adapters(model)):
+        if body_adapters(model):
             return self._kept(model, observe)
         if observe is None:
             raise BadInput("the 'adapter' space measures activations: it needs `observe`")
-        layers = dict(linears(model))
+        inside = heads(model)  # the output layer is a space of its own
+        layers = {p: m for p, m in linears(model) if id(m) not in inside}
         wanted = matching(layers, self.targets)
         watched = {p: _Watch(p, self.rank, m) for p, m in layers.items() if wanted(p)}
         with _watching(layers, watched):
@@ -67,7 +69,7 @@ class Adapter(SpaceSpec):
 
     def _kept(self, model: nn.Module, observe: Observe | None) -> Space:
         """Adapters that the model already has, tuned further on their own bases."""
-        found = {path: (layer, adapter) for path, layer, adapter in adapters(model)}
+        found = {path: (layer, adapter) for path, layer, adapter in body_adapters(model)}
         watched = {p: _Gain(adapter.A) for p, (_, adapter) in found.items()}
         if observe is not None:
             with _watching({p: layer for p, (layer, _) in found.items()}, watched):

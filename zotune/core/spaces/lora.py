@@ -11,9 +11,9 @@ from zotune.core import noise
 from zotune.core.block import FloatBlock, Owner
 from zotune.core.noise import Key
 from zotune.core.space import Observe, Space, SpaceSpec, matching
-from zotune.core.spaces.parameters import rms
+from zotune.core.spaces.parameters import body_adapters, heads, rms
 from zotune.errors import BadInput
-from zotune.models.adapter import CHILD, LowRank, adapters, attach
+from zotune.models.adapter import CHILD, LowRank, attach
 from zotune.models.linears import linears
 
 ATTENTION = r"(^|\.)(q|v|c_attn|query|value)(_proj|_lin)?$"
@@ -36,14 +36,15 @@ class Lora(SpaceSpec):
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
         if self.rank < 1:
             raise BadInput(f"rank={self.rank}; want rank >= 1")
-        if not any(adapters(model)):
-            layers = dict(linears(model))
+        if not body_adapters(model):
+            inside = heads(model)  # the output layer is a space of its own
+            layers = {p: m for p, m in linears(model) if id(m) not in inside}
             wanted = matching(layers, self.targets)
             for path, layer in layers.items():
                 if wanted(path):
                     attach(layer, self._fresh(path, layer))
         blocks = []
-        for path, _, adapter in adapters(model):
+        for path, _, adapter in body_adapters(model):
             for attribute in ("A", "B"):
                 tensor = getattr(adapter, attribute)
                 unit = rms(tensor) if tensor.any() else (adapter.A.numel()) ** -0.5

@@ -1,4 +1,4 @@
-"""Spaces over float parameters: all of them, norms, biases, the head."""
+"""Spaces over float parameters: all of them, norms, biases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zotune.core.block import FloatBlock, Owner
 from zotune.core.space import Observe, Space, SpaceSpec, matching, owners_of
 from zotune.errors import BadInput
-from zotune.models.adapter import CHILD
+from zotune.models.adapter import CHILD, LowRank, adapters
 
 _DECAYED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
 _ZERO_UNIT = 0.02  # unit of a block that is all zeros: the usual std of initial weights
@@ -112,10 +112,7 @@ class Biases(SpaceSpec):
         return blocks_of(model, self, keep, self.pattern, "biases")
 
 
-@dataclass(frozen=True)
-class Head(SpaceSpec):
-    """The output layer: a classifier's head or a language model's output embedding."""
-
-    def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
-        inside = heads(model)
-        return blocks_of(model, self, lambda o: id(o.module) in inside, None, "head")
+def body_adapters(model: nn.Module) -> list[tuple[str, nn.Module, LowRank]]:
+    """The model's adapters but those on its output layer, which the head's space tunes."""
+    inside = heads(model)
+    return [found for found in adapters(model) if id(found[1]) not in inside]

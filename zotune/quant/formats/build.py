@@ -42,7 +42,7 @@ def empty_model(config: Any, auto: Any, names: list[str], trust_remote_code: boo
 
 
 def _build(config: Any, auto: Any, options: dict[str, Any], trust_remote_code: bool) -> nn.Module:
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
     with quiet_random_state(), no_init_weights(), init_empty_weights(include_buffers=False):

@@ -80,6 +80,9 @@ class NativeFormat:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
         record = _make_record(layers)
         config.save_pretrained(folder)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
         path = folder / "config.json"
         saved = read_json(path)
         saved["architectures"] = [type(model).__name__]

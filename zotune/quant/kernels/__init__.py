@@ -125,8 +125,10 @@ def int8_product(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return integer_matmul(x_codes, codes), x_scale
 
 
-def integer_matmul(x_codes: Tensor, codes: Tensor) -> Tensor:
+def integer_matmul(x_codes: Tensor, codes: Tensor, out: Tensor | None = None) -> Tensor:
     """x_codes (tokens, in) @ codes (out, in).T in int32; both int8. Exact on every machine.
+
+    `out`, if given, may be used for the result.
 
     >>> ones = torch.ones(2, 3, dtype=torch.int8)
     >>> integer_matmul(ones, ones[:1]).tolist()
@@ -137,7 +139,10 @@ def integer_matmul(x_codes: Tensor, codes: Tensor) -> Tensor:
         return torch.zeros(tokens, outputs, dtype=torch.int32, device=x_codes.device)
     # For one column oneDNN's call fails and leaves the output unwritten (pytorch issue 195066).
     if x_codes.device.type == "cpu" and columns > 1 and int_mm_is_exact():
-        return torch._int_mm(_canonical(x_codes), _canonical(codes).t())
+        right = _canonical(codes).t()
+        if out is None:
+            return torch._int_mm(_canonical(x_codes), right)
+        return torch._int_mm(_canonical(x_codes), right, out=out)
     return _matmul_by_floats(x_codes, codes)
 
 

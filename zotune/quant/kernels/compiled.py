@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -26,100 +27,102 @@ def _to_bfloat16(value: np.float32) -> np.uint16:
     return np.uint16(rounded >> np.uint32(16))
 
 
+def _stored(target: Array, value: np.float32) -> Any:
+    """`value` as `target` holds it: float32, a bfloat16 pattern for uint16, or int8."""
+    raise NotImplementedError("runs only inside compiled code")
+
+
+# Chosen by type while compiling. A kernel made by a closure per type would never be found in
+# numba's cache, whose key holds the closure's cells.
+@overload(_stored)
+def _choose_stored(target: Any, value: Any) -> Callable[[Any, Any], Any]:
+    def as_bfloat16(target: Any, value: Any) -> Any:
+        return _to_bfloat16(value)
+
+    def as_int8(target: Any, value: Any) -> Any:
+        return np.int8(np.int32(value))
+
+    def as_float32(target: Any, value: Any) -> Any:
+        return np.float32(value)
+
+    if target.dtype == types.uint16:
+        return as_bfloat16
+    return as_int8 if target.dtype == types.int8 else as_float32
+
+
 @njit(nogil=True, cache=True)
-def _to_float32(value: np.float32) -> np.float32:
-    return np.float32(value)
+def scale_rows(codes: Array, scale: Array, zero: Array, out: Array, start: int, stop: int) -> None:
+    """out = (codes - zero) * scale for codes with one number per weight."""
+    group = codes.shape[1] // scale.shape[1]
+    for row in range(start, stop):
+        scales = scale[row if scale.shape[0] > 1 else 0]
+        zeros = zero[row if zero.shape[0] > 1 else 0]
+        for k in range(scale.shape[1]):
+            s = scales[k]
+            z = zeros[k]
+            source = codes[row, k * group : (k + 1) * group]
+            target = out[row, k * group : (k + 1) * group]
+            for c in range(group):
+                target[c] = _stored(target, (np.float32(source[c]) - z) * s)
 
 
-def _make_scale_rows(store: Callable[[Any], Any]) -> Callable[..., None]:
-    """Compile `scale_rows` for one output type; `store` turns a float32 into it."""
-
-    @njit(nogil=True, cache=True)
-    def scale_rows(
-        codes: Array, scale: Array, zero: Array, out: Array, start: int, stop: int
-    ) -> None:
-        """out = (codes - zero) * scale for codes with one number per weight."""
-        group = codes.shape[1] // scale.shape[1]
-        for row in range(start, stop):
-            scales = scale[row if scale.shape[0] > 1 else 0]
-            zeros = zero[row if zero.shape[0] > 1 else 0]
-            for k in range(scale.shape[1]):
-                s = scales[k]
-                z = zeros[k]
-                source = codes[row, k * group : (k + 1) * group]
-                target = out[row, k * group : (k + 1) * group]
-                for c in range(group):
-                    target[c] = store((np.float32(source[c]) - z) * s)
-
-    return scale_rows
+@njit(nogil=True, cache=True)
+def _fill(
+    target: Array, source: Array, shift: int, mask: int, offset: int, z: float, s: float
+) -> None:
+    """One group of one plane of 4 or 2 bits."""
+    for c in range(target.shape[0]):
+        q = np.int32(np.int32(np.int32(source[c]) >> np.int32(shift)) & np.int32(mask))
+        target[c] = _stored(target, (np.float32(np.int32(q - np.int32(offset))) - z) * s)
 
 
-def _make_scale_packed_rows(store: Callable[[Any], Any]) -> Callable[..., None]:
-    """Compile `scale_packed_rows` for one output type."""
-
-    @njit(nogil=True, cache=True)
-    def fill(
-        target: Array, source: Array, shift: int, mask: int, offset: int, z: float, s: float
-    ) -> None:
-        for c in range(target.shape[0]):
-            q = np.int32(np.int32(np.int32(source[c]) >> np.int32(shift)) & np.int32(mask))
-            target[c] = store((np.float32(np.int32(q - np.int32(offset))) - z) * s)
-
-    @njit(nogil=True, cache=True)
-    def fill_3_bits(target: Array, low: Array, high: Array, plane: int, z: float, s: float) -> None:
-        shift_low, shift_high = np.int32(2 * (plane // 2)), np.int32(plane)
-        for c in range(target.shape[0]):
-            q = np.int32(np.int32(np.int32(low[c]) >> shift_low) & np.int32(3))
-            top = np.int32(np.int32(np.int32(high[c]) >> shift_high) & np.int32(1))
-            q = np.int32(q + np.int32(np.int32(top << np.int32(2)) - np.int32(4)))
-            target[c] = store((np.float32(q) - z) * s)
-
-    @njit(nogil=True, cache=True)
-    def scale_packed_rows(
-        packed: Array, scale: Array, zero: Array, out: Array, bits: int, start: int, stop: int
-    ) -> None:
-        """out = (unpack(packed) - zero) * scale, plane by plane, group by group."""
-        columns = out.shape[1]
-        group = columns // scale.shape[1]
-        eighth = packed.shape[1] // bits
-        # 4 and 2 bits have one part; 3 bits have two, whose planes meet every eighth of a row.
-        planes = 8 if bits == 3 else 8 // bits
-        size = eighth * 8 // planes
-        for row in range(start, stop):
-            scales = scale[row if scale.shape[0] > 1 else 0]
-            zeros = zero[row if zero.shape[0] > 1 else 0]
-            source = packed[row]
-            for plane in range(planes):
-                first = plane * size
-                last = min(first + size, columns)
-                c = first
-                while c < last:
-                    k = c // group
-                    end = min(last, (k + 1) * group)
-                    target = out[row, c:end]
-                    a = c - first
-                    b = end - first
-                    if bits == 3:
-                        part = source[(plane % 2) * eighth : 2 * eighth]
-                        high = source[2 * eighth + a : 2 * eighth + b]
-                        fill_3_bits(target, part[a:b], high, plane, zeros[k], scales[k])
-                    elif bits == 2:
-                        fill(target, source[a:b], 2 * plane, 3, 2, zeros[k], scales[k])
-                    elif plane == 0:  # shifts known to the compiler: a third less time
-                        fill(target, source[a:b], 0, 15, 8, zeros[k], scales[k])
-                    else:
-                        fill(target, source[a:b], 4, 15, 8, zeros[k], scales[k])
-                    c = end
-
-    return scale_packed_rows
+@njit(nogil=True, cache=True)
+def _fill_3_bits(target: Array, low: Array, high: Array, plane: int, z: float, s: float) -> None:
+    """One group of one eighth of a row of 3 bits."""
+    shift_low, shift_high = np.int32(2 * (plane // 2)), np.int32(plane)
+    for c in range(target.shape[0]):
+        q = np.int32(np.int32(np.int32(low[c]) >> shift_low) & np.int32(3))
+        top = np.int32(np.int32(np.int32(high[c]) >> shift_high) & np.int32(1))
+        q = np.int32(q + np.int32(np.int32(top << np.int32(2)) - np.int32(4)))
+        target[c] = _stored(target, (np.float32(q) - z) * s)
 
 
-# Keyed by whether the output is bfloat16.
-scale_rows = {False: _make_scale_rows(_to_float32), True: _make_scale_rows(_to_bfloat16)}
-scale_packed_rows = {
-    False: _make_scale_packed_rows(_to_float32),
-    True: _make_scale_packed_rows(_to_bfloat16),
-}
+@njit(nogil=True, cache=True)
+def scale_packed_rows(
+    packed: Array, scale: Array, zero: Array, out: Array, bits: int, start: int, stop: int
+) -> None:
+    """out = (unpack(packed) - zero) * scale, plane by plane, group by group."""
+    columns = out.shape[1]
+    group = columns // scale.shape[1]
+    eighth = packed.shape[1] // bits
+    # 4 and 2 bits have one part; 3 bits have two, whose planes meet every eighth of a row.
+    planes = 8 if bits == 3 else 8 // bits
+    size = eighth * 8 // planes
+    for row in range(start, stop):
+        scales = scale[row if scale.shape[0] > 1 else 0]
+        zeros = zero[row if zero.shape[0] > 1 else 0]
+        source = packed[row]
+        for plane in range(planes):
+            first = plane * size
+            last = min(first + size, columns)
+            c = first
+            while c < last:
+                k = c // group
+                end = min(last, (k + 1) * group)
+                target = out[row, c:end]
+                a = c - first
+                b = end - first
+                if bits == 3:
+                    part = source[(plane % 2) * eighth : 2 * eighth]
+                    high = source[2 * eighth + a : 2 * eighth + b]
+                    _fill_3_bits(target, part[a:b], high, plane, zeros[k], scales[k])
+                elif bits == 2:
+                    _fill(target, source[a:b], 2 * plane, 3, 2, zeros[k], scales[k])
+                elif plane == 0:  # shifts known to the compiler: a third less time
+                    _fill(target, source[a:b], 0, 15, 8, zeros[k], scales[k])
+                else:
+                    _fill(target, source[a:b], 4, 15, 8, zeros[k], scales[k])
+                c = end
 
 
 @njit(nogil=True, cache=True)

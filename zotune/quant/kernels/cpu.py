@@ -9,6 +9,7 @@ scales cannot leave the sum, so there the activations are rounded and the dequan
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor
 from zotune.errors import BadInput
 from zotune.quant.affine import Scheme
 from zotune.quant.kernels import compiled, integer_matmul
-from zotune.quant.kernels.reference import one_per_weight
 from zotune.quant.kernels.threads import parallel_ranges
 
 # Elements a thread should have at least: waking one costs more than a smaller share takes.
 GRAIN = 1 << 20
+# Scratch above this size is given back after each use.
+SCRATCH_BYTES = 1 << 26
 _local = threading.local()
 
 
@@ -65,30 +67,37 @@ def weight_scratch(
     """The dequantized weight (out, in) in this thread's scratch; the next call overwrites it."""
     if dtype not in (torch.float32, torch.bfloat16):
         return weight_scratch(codes, scale, zero, bits, columns, torch.float32).to(dtype)
-    rows = codes.shape[0]
-    out = _scratch(rows * columns, dtype).view(rows, columns)
-    if out.numel() == 0:
-        return out
-    scale = scale.detach().float()
-    zero = torch.zeros(1, scale.shape[1]) if zero is None else zero.detach().float()
-    brain = dtype == torch.bfloat16
-    target = out.view(torch.uint16).numpy() if brain else out.numpy()
-    source = codes.detach().contiguous()
-    scales, zeros = scale.contiguous().numpy(), zero.contiguous().numpy()
-    grain = max(1, GRAIN // columns)
-    if source.dtype == torch.uint8:
-        unpack_rows = compiled.scale_packed_rows[brain]
-        data = source.numpy()
-        parallel_ranges(
-            lambda a, b: unpack_rows(data, scales, zeros, target, bits, a, b), rows, grain
-        )
-        return out
-    if source.dtype != torch.int8:
-        source = source.float()
-    scale_rows = compiled.scale_rows[brain]
-    data = source.numpy()
-    parallel_ranges(lambda a, b: scale_rows(data, scales, zeros, target, a, b), rows, grain)
+    out = _scratch("weight", codes.shape[0], columns, dtype)
+    zeros = torch.zeros(1, scale.shape[1]) if zero is None else zero
+    if codes.dtype not in (torch.uint8, torch.int8):
+        codes = codes.float()
+    _fill(out, codes, scale, zeros, bits)
     return out
+
+
+def codes_scratch(codes: Tensor, bits: int, columns: int) -> Tensor:
+    """int8 codes (out, in); packed ones are unpacked into this thread's scratch."""
+    if codes.dtype != torch.uint8:
+        return codes.to(torch.int8)
+    out = _scratch("codes", codes.shape[0], columns, torch.int8)
+    _fill(out, codes, torch.ones(1, 1), torch.zeros(1, 1), bits)
+    return out
+
+
+def _fill(out: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> None:
+    """out = (codes - zero) * scale, rounded to out's dtype, rows shared between threads."""
+    if out.numel() == 0:
+        return
+    target = (out.view(torch.uint16) if out.dtype == torch.bfloat16 else out).numpy()
+    data, scales, zeros = (
+        t.detach().contiguous().numpy() for t in (codes, scale.float(), zero.float())
+    )
+    grain = max(1, GRAIN // out.shape[1])
+    if codes.dtype == torch.uint8:
+        work = partial(compiled.scale_packed_rows, data, scales, zeros, target, bits)
+    else:
+        work = partial(compiled.scale_rows, data, scales, zeros, target)
+    parallel_ranges(work, out.shape[0], grain)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,9 +121,11 @@ def _integer_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
     """(x_codes @ codes.T - sum(x_codes) * zero) * x_scale * scale + bias, float32."""
-    weight = one_per_weight(codes, bits, x.shape[-1]).to(torch.int8)
+    weight = codes_scratch(codes, bits, x.shape[-1])
     x_codes, x_scale = quantize_rows(x)
-    acc = integer_matmul(x_codes, weight)
+    # The sums are four times the activations: fresh pages for them cost more than their rescaling.
+    sums = _scratch("sums", x.shape[0], codes.shape[0], torch.int32)
+    acc = integer_matmul(x_codes, weight, out=sums)
     return rescale(acc, x_codes, x_scale, scale, zero, bias)
 
 
@@ -170,12 +181,19 @@ def _row(values: Tensor | None, size: int) -> NDArray[Any]:
     return values.detach().float().reshape(-1).expand(size).contiguous().numpy()
 
 
-def _scratch(elements: int, dtype: torch.dtype) -> Tensor:
-    """A flat tensor of this thread, grown when a larger layer comes along."""
-    held: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("held", {})
-    if dtype not in held or held[dtype].numel() < elements:
-        held[dtype] = torch.empty(elements, dtype=dtype)
-    return held[dtype][:elements]
+def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A matrix of this thread that the next call of the same name overwrites.
+
+    Small ones are kept and grow with the largest layer; one above SCRATCH_BYTES is fresh.
+    """
+    elements = rows * columns
+    if elements * dtype.itemsize > SCRATCH_BYTES:
+        return torch.empty(rows, columns, dtype=dtype)
+    held: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("held", {})
+    found = held.get((name, dtype))
+    if found is None or found.numel() < elements:
+        found = held[name, dtype] = torch.empty(elements, dtype=dtype)
+    return found[:elements].view(rows, columns)
 
 
 def _refuse_gradient(*tensors: Tensor | None) -> None:

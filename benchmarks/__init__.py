@@ -1,0 +1,1 @@
+"""Benchmarks: each file measures one claim and writes its rows to `results/<name>.json`."""

@@ -1,0 +1,155 @@
+"""The commands: thin functions over the library, each giving back one JSON-able dict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from zotune.errors import BadInput
+from zotune.training.config import TrainConfig
+from zotune.training.settings import EvalConfig
+
+
+def train_model(
+    config: TrainConfig, show_mask: bool = False, repair: bool = False
+) -> dict[str, Any]:
+    """Train a model with forward passes only.
+
+    Args:
+        config: the run.
+        show_mask: show what of the first examples is trained on, and stop.
+        repair: with --resume, go on from the good part of a damaged journal.
+    """
+    if show_mask:
+        return mask(config)
+    from zotune.training import train as run
+
+    return run(config, repair=repair).as_dict()
+
+
+def evaluate_model(config: EvalConfig, show_mask: bool = False) -> dict[str, Any]:
+    """Evaluate a model on a task.
+
+    Args:
+        config: what to evaluate.
+        show_mask: show what of the first examples the loss counts, and stop.
+    """
+    if show_mask:
+        return mask(config)
+    from zotune.training import evaluate as run
+
+    return run(config)
+
+
+def quantize_model(
+    model_name_or_path: str = "",
+    output_dir: str = "",
+    scheme: str = "int4-g64",
+    exclude: list[str] | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Quantize a float model to nearest and save it.
+
+    Args:
+        model_name_or_path: folder or hub id. Alias: model.
+        output_dir: where to; must be new or empty. Alias: out.
+        scheme: "int4-g64", "int8-channel", "int4-g64-asym", "int8-channel-a8", ...
+        exclude: names or patterns of layers to leave alone; the output layer when null.
+        dtype: of the tensors that stay float.
+        trust_remote_code: let Python files of the checkpoint run.
+    """
+    from zotune.quant import QuantLinear
+    from zotune.training import load_model, write_model
+
+    _need(model_name_or_path, output_dir)
+    folder = Path(output_dir).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"output_dir {folder} is not empty; give another folder")
+    chosen = {} if exclude is None else {"exclude": tuple(exclude)}
+    loaded = load_model(
+        model_name_or_path,
+        scheme=scheme,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        **chosen,
+    )
+    write_model(loaded.model, folder, loaded)
+    layers = [m for m in loaded.model.modules() if isinstance(m, QuantLinear)]
+    size = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
+    return {"out": str(folder), "scheme": scheme, "layers": len(layers), "bytes": size}
+
+
+def replay_run(
+    run: str,
+    model_name_or_path: str = "",
+    output_dir: str = "",
+    steps: int | None = None,
+    repair: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Rebuild a tuned model from its base and its journal.
+
+    Args:
+        run: the run folder, or its journal.zoj.
+        model_name_or_path: the base model. Alias: model.
+        output_dir: where to; must be new or empty. Alias: out.
+        steps: the state after so many steps; what the run kept when null.
+        repair: use the good part of a damaged or unfinished journal.
+        device: where the model runs.
+        threads: CPU threads.
+        trust_remote_code: let Python files of the checkpoint run.
+    """
+    from zotune.training import replay as rebuild
+
+    _need(model_name_or_path, output_dir)
+    return rebuild(
+        run, model_name_or_path, output_dir, steps=steps, repair=repair, device=device,
+        threads=threads, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+def names(what: Literal["methods", "spaces", "tasks", "formats"]) -> dict[str, Any]:
+    """List methods, spaces, tasks or formats.
+
+    Args:
+        what: what to list.
+    """
+    from zotune.cli.listing import LISTS
+
+    return {"what": what, what: LISTS[what]()}
+
+
+def doctor() -> dict[str, Any]:
+    """Say what this machine offers and what is wrong with it."""
+    from zotune.cli.doctor import examine
+
+    return examine()
+
+
+def _need(model: str, out: str) -> None:
+    if not model:
+        raise BadInput("no model: give --model FOLDER")
+    if not out:
+        raise BadInput("no output folder: give --out DIR")
+
+
+def mask(config: Any) -> dict[str, Any]:
+    """What of the first training examples the loss counts."""
+    from zotune.cli.masks import first_examples
+
+    return {"examples": first_examples(config)}
+
+
+# The functions are not called train, ...: jsonargparse looks their names up in the parent packages,
+# whose lazy faces would then import torch.
+COMMANDS: dict[str, tuple[Any, Any, str]] = {
+    "train": (train_model, TrainConfig, "Train a model with forward passes only."),
+    "eval": (evaluate_model, EvalConfig, "Evaluate a model on a task."),
+    "quantize": (quantize_model, None, "Quantize a float model and save it."),
+    "replay": (replay_run, None, "Rebuild a tuned model from its base and its journal."),
+    "list": (names, None, "List methods, spaces, tasks or formats."),
+    "doctor": (doctor, None, "Say what this machine offers and what is wrong with it."),
+}

@@ -1,0 +1,117 @@
+"""What a journal's header says of a run, and the run's own space rebuilt from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from zotune.core.space import Space, SpaceSpec
+from zotune.core.spaces.lora import sizes
+from zotune.errors import JournalError
+from zotune.models import PooledClassifier
+from zotune.models.adapter import CHILD, LowRank, adapters, attach
+from zotune.tasks.data import fingerprint as data_fingerprint
+from zotune.training.batches import spread
+from zotune.training.journal import Journal
+
+if TYPE_CHECKING:
+    from zotune.training.assemble import Bench
+
+_LOOKED_AT = 256
+VERSIONS = ("torch", "numpy", "transformers")
+
+
+def header_of(bench: Bench) -> dict[str, Any]:
+    """What a journal must say so that base + journal give the tuned model back."""
+    from importlib.metadata import version
+
+    import zotune
+    from zotune.core import noise
+
+    wrapped = isinstance(bench.model, PooledClassifier) and bench.model is not bench.loaded.model
+    units = {b.name: b.unit for b in bench.space if isinstance(b.unit, float)}
+    return {
+        "config": bench.config.as_dict(),
+        "method": repr(bench.method),
+        "space": repr(bench.spec),
+        "blocks": [b.name for b in bench.space],
+        "units": units,
+        "seed": bench.config.seed,
+        "total": bench.config.max_steps,
+        "coefficients": bench.coefficients,
+        "base": bench.base,
+        "kind": bench.loaded.kind,
+        "labels": list(bench.model.labels) if wrapped else None,  # type: ignore[union-attr,arg-type]
+        "adapters": {p: a.scaling for p, _, a in adapters(bench.model)
+                     if f"{p}.{CHILD}.A" in bench.added},
+        "stack": bench.evaluator.stack,
+        "examples": len(bench.batches.examples),
+        "data": digest_of(bench.batches.examples),
+        "task": bench.task.name,
+        "noise": noise.VERSION,
+        "versions": {"zotune": zotune.__version__, **{n: version(n) for n in VERSIONS}},
+    }  # fmt: skip
+
+
+def digest_of(examples: Sequence[Any]) -> str:
+    """Tells two data sets apart by their length and 256 rows spread over them."""
+    return data_fingerprint([len(examples), *spread(examples, _LOOKED_AT)]).hex()
+
+
+def check_noise(journal: Journal) -> None:
+    """Refuse a journal whose keys stand for other directions here."""
+    from zotune.core.noise import VERSION
+
+    if journal.header["noise"] != VERSION:
+        raise JournalError(
+            f"{journal.path} was written with noise version {journal.header['noise']}; this zotune "
+            f"draws version {VERSION}: use zotune {journal.header['versions']['zotune']}"
+        )
+
+
+def check_base(journal: Journal, base: str) -> None:
+    """Refuse to go on from another model than the journal's."""
+    if journal.header["base"] != base:
+        raise JournalError(
+            f"this is not the base model of {journal.path}: its fingerprint is {base[:12]}..., the "
+            f"journal wants {journal.header['base'][:12]}... "
+            f"({journal.header['config'].get('model_name_or_path') or 'a model given in Python'}, "
+            f"scheme={journal.header['config'].get('scheme')}); give that one"
+        )
+
+
+def rebuild_space(model: nn.Module, spec: SpaceSpec, journal: Journal) -> Space:
+    """The run's own space: adapters and head from the attachments, units from the header."""
+    place_added_(model, journal.header, journal.attached)
+    space = spec.build(model, None)
+    wanted = journal.header["blocks"]
+    space = space.without({b.name for b in space} - set(wanted))
+    if [b.name for b in space] != wanted:
+        raise JournalError(f"{journal.path}: the space has other blocks than the journal names")
+    units: Mapping[str, float] = journal.header["units"]
+    for block in space:
+        block.unit = units.get(block.name, block.unit)
+    return space
+
+
+def place_added_(model: nn.Module, header: dict[str, Any], attached: Mapping[str, Tensor]) -> None:
+    """Adapters and head as the run started with them."""
+    modules = dict(model.named_modules())
+    held = dict(attached)
+    for path, scaling in header["adapters"].items():
+        layer, a = modules.get(path), held.pop(f"{path}.{CHILD}.A")
+        if layer is None:
+            raise JournalError(
+                f"the journal names an adapter on {path!r}; the model has no such layer"
+            )
+        b = held.pop(f"{path}.{CHILD}.B", None)
+        zeros = a.new_zeros(sizes(layer)[1], a.shape[0])
+        device = next((t.device for t in (*layer.parameters(), *layer.buffers())), a.device)
+        attach(layer, LowRank(a, zeros if b is None else b, scaling).to(device))
+    own = model.state_dict()
+    for name, tensor in held.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise JournalError(f"the journal holds {name!r}, which this model does not have")
+        own[name].copy_(tensor)

@@ -1,0 +1,103 @@
+"""From the names in a configuration to method, space, task and model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zotune import methods, tasks
+from zotune.core import spaces
+from zotune.core.calls import split_calls
+from zotune.core.space import SpaceSpec
+from zotune.errors import BadInput, DataError
+from zotune.methods import AnyMethod
+from zotune.models import Loaded
+from zotune.quant import quantize_model_
+from zotune.tasks.data import read_table
+from zotune.tasks.task import Example, Task
+from zotune.training.config import TrainConfig
+from zotune.training.folders import from_module, load_model
+
+
+def open_method(config: TrainConfig) -> AnyMethod:
+    """The method with the configuration's overrides; an option it lacks is an error."""
+    given = {
+        "lr": config.learning_rate,
+        "eps": config.eps,
+        "queries": config.queries,
+        "directions": config.directions,
+        "units": config.units,
+        "schedule": config.lr_scheduler_type,
+        "warmup": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+    }
+    return methods.parse(config.method, **{k: v for k, v in given.items() if v is not None})
+
+
+def open_space(config: TrainConfig) -> SpaceSpec:
+    """The space asked for, or the method's default."""
+    if config.space is not None:
+        return spaces.parse(config.space)
+    name, _ = split_calls(config.method)[0]
+    return spaces.parse(methods.entry(name).default_space)
+
+
+def open_task(config: Any) -> Task:
+    """The task of a configuration with its data, options and length."""
+    if not config.task:
+        raise BadInput(f"no task: give --task; there are: {', '.join(tasks.names())}")
+    name, options = _task_call(config.task)
+    options.update(config.task_options)
+    files = {"train": config.train_file, "dev": config.validation_file, "test": config.test_file}
+    named = {split: Path(path).expanduser() for split, path in files.items() if path is not None}
+    if named and config.data is not None:
+        raise BadInput("data and train_file (validation_file, test_file) are both given; keep one")
+    if named:
+        encoding = str(options.get("encoding", "utf-8"))
+        options["data"] = {split: read_table(path, encoding) for split, path in named.items()}
+    elif config.data is not None:
+        options["data"] = config.data
+    if config.max_length is not None:
+        options["max_length"] = config.max_length
+    return tasks.get(name, **options)
+
+
+def _task_call(text: str) -> tuple[str, dict[str, Any]]:
+    """Task names may hold dashes or not; nothing of the options is evaluated."""
+    if "(" not in text:
+        return text.strip(), {}
+    name, options = split_calls(text)[0]
+    return name, options
+
+
+def open_model(config: TrainConfig, model: nn.Module | Loaded | None) -> Loaded:
+    """The model by its name, or the one given, quantized if the configuration says so."""
+    if model is None:
+        if not config.model_name_or_path:
+            raise BadInput("no model: give model_name_or_path (--model FOLDER)")
+        return load_model(
+            config.model_name_or_path,
+            dtype=config.dtype,
+            scheme=config.scheme,
+            compute_dtype=config.compute_dtype,
+            trust_remote_code=config.trust_remote_code,
+            device=config.device,
+        )
+    loaded = from_module(model)
+    loaded.model.to(config.device)
+    if config.scheme is not None:
+        quantize_model_(loaded.model, config.scheme)
+    return loaded
+
+
+def train_split(task: Task) -> Sequence[Example]:
+    """The examples to train on. Raises DataError where the task has none."""
+    if "train" in task.splits:
+        return task.split("train")
+    raise DataError(
+        f"task {task.name!r} has no train split, only {', '.join(task.splits)}; give train_file, "
+        "or a data folder with one"
+    )
