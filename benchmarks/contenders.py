@@ -16,6 +16,7 @@ from benchmarks.restated import AdamW, MeZO
 from zotune import methods, tasks
 from zotune.core import spaces
 from zotune.core.evaluator import TorchEvaluator
+from zotune.core.method import Method
 from zotune.core.step import Tuner
 from zotune.errors import BadInput
 from zotune.models import load
@@ -77,7 +78,7 @@ class Prepared:
     def tuner(self, method: str, space: str, stack: int | None = None, **options: Any) -> Tuner:
         """A tuner as `zotune train` assembles it: blocks that no forward reads are dropped."""
         chosen = methods.get(method, **options)
-        assert isinstance(chosen, methods.Method)
+        assert isinstance(chosen, Method)
         built = spaces.parse(space).build(self.model)
         evaluator = TorchEvaluator(self.model, built, self.task.losses, stack=stack)
         tuner = Tuner(built, chosen, 0, evaluator=evaluator, total=1 << 20)

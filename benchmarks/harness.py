@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import time
@@ -114,11 +115,17 @@ def parser(description: str, **defaults: int) -> argparse.ArgumentParser:
     return flags
 
 
-def report(
-    name: str, rows: Sequence[Row], out: Path, options: argparse.Namespace, **details: Any
-) -> Path:
-    """Write `<out>/<name>.json`, print the same as a table, and give back the file's path."""
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "measure")}
+def begin(given: argparse.Namespace) -> None:
+    """Threads as asked for; of the log only errors, because texts are cut to length on purpose."""
+    import torch
+
+    torch.set_num_threads(given.threads)
+    logging.getLogger("zotune").setLevel(logging.ERROR)
+
+
+def report(name: str, rows: Sequence[Row], given: argparse.Namespace, **details: Any) -> Path:
+    """Write `<given.out>/<name>.json`, print the same as a table, and give back the file's path."""
+    settings = {k: v for k, v in vars(given).items() if k not in ("out", "measure")}
     document = {
         "benchmark": name,
         "rows": [row.as_dict() for row in rows],
@@ -129,8 +136,8 @@ def report(
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
         "details": details,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}.json"
+    given.out.mkdir(parents=True, exist_ok=True)
+    path: Path = given.out / f"{name}.json"
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     show(name, rows, document)
     print(f"written to {path}")

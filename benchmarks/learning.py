@@ -21,10 +21,9 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 import yaml
 
-from benchmarks.harness import Row, parser, report
+from benchmarks.harness import Row, begin, parser, report
 from zotune.errors import BadInput
 from zotune.training import Result, TrainConfig, train
 from zotune.training.config import normalised
@@ -52,7 +51,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> None:
     given = options(words)
-    torch.set_num_threads(given.threads)
+    begin(given)
     demo = read(given.config)
     results: dict[str, list[Result]] = {}
     for name, changes in {ZOTUNE: {}, **BASELINES}.items():
@@ -60,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> None:
             results[name] = [run(demo, changes, seed, given) for seed in range(given.seeds)]
     rows = [row for name, found in results.items() for row in rows_of(name, found)]
     runs = {name: [r.as_dict() for r in found] for name, found in results.items()}
-    report("learning", rows, given.out, given, demo=demo, baselines=BASELINES, runs=runs)
+    report("learning", rows, given, demo=demo, baselines=BASELINES, runs=runs)
 
 
 def read(path: Path) -> dict[str, Any]:

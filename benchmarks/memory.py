@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import process
 from benchmarks.contenders import INT4, INT8, minilm
-from benchmarks.harness import Row, parser, report
+from benchmarks.harness import Row, begin, parser, report
 from benchmarks.step import peaks_of
 
 EVALUATION = {"mezo fp32": "two forwards fp32", "qzo int4": "two forwards int4",
@@ -49,11 +49,13 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> None:
     given = options(words)
-    torch.set_num_threads(given.threads)
+    begin(given)
     if given.measure:
         print(json.dumps(long_run(given.measure, given)))
         return
-    names = [n for name in given.only for n in (name, f"{name}, one probe at a time", EVALUATION[name])]
+    names = [
+        n for name in given.only for n in (name, f"{name}, one probe at a time", EVALUATION[name])
+    ]
     peaks, failures = peaks_of(names, given)
     rows = [row for name in given.only for row in peak_rows(name, peaks)]
     rows.append(Row("compiled kernels of the noise, once per process", kernels() / 1e6, "MB"))
@@ -64,7 +66,7 @@ def main(words: Sequence[str] | None = None) -> None:
         except RuntimeError as error:
             failures[f"{name}, long run"] = str(error)
         rows += growth_rows(name, runs.get(name, []), given.steps)
-    report("memory", rows, given.out, given, peaks=peaks, resident=runs, failures=failures)
+    report("memory", rows, given, peaks=peaks, resident=runs, failures=failures)
 
 
 def peak_rows(name: str, peaks: dict[str, dict[str, int]]) -> list[Row]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if not __package__:
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import minilm
-from benchmarks.harness import Rounds, Row, Work, interleave, parser, report
+from benchmarks.harness import Rounds, Row, Work, begin, interleave, parser, report
 from zotune.core import noise
 from zotune.core.noise import Key, Law
 from zotune.models import load
@@ -38,7 +39,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> None:
     given = options(words)
-    torch.set_num_threads(given.threads)
+    begin(given)
     model = load(given.model or minilm(), kind="encoder").model
     blocks = [p.numel() for p in model.parameters()]
     rows: list[Row] = []
@@ -50,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> None:
         rounds = interleave(contenders, rounds=given.rounds, calls=1, warmup=given.warmup)
         rows += rows_of(name, rounds, sum(sizes) * repeats, sum(sizes) >= SMALL)
         seconds[name] = rounds.seconds
-    report("noise", rows, given.out, given, seconds_per_round=seconds)
+    report("noise", rows, given, seconds_per_round=seconds)
 
 
 def spread(sizes: Sequence[int]) -> list[int]:
@@ -89,7 +90,7 @@ def contenders_for(sizes: Sequence[int]) -> dict[str, Work]:
             part: Tensor = total[:n]
             noise.combine_(part, "gaussian", [key], [0.5], "block")
 
-    laws: dict[str, Work] = {law: (lambda law=law: draw(law)) for law in LAWS}
+    laws: dict[str, Work] = {law: partial(draw, law) for law in LAWS}
     return {"randn": randn, "add randn": add_randn, **laws, "sum": add}
 
 

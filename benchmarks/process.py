@@ -48,8 +48,8 @@ def _maxrss() -> int:
     return int(most) * (1 if sys.platform == "darwin" else 1024)
 
 
-def measured_apart(module: str, words: Sequence[str], timeout: float) -> dict[str, Any]:
-    """Run `python -m <module> <words>` and read the JSON object of its last line.
+def measured_apart(module: str, words: Sequence[str], timeout: float) -> Any:
+    """Run `python -m <module> <words>` and read the JSON of its last line.
 
     Raises:
         RuntimeError: if it fails; the message is the end of what it said.
@@ -61,5 +61,4 @@ def measured_apart(module: str, words: Sequence[str], timeout: float) -> dict[st
     if found.returncode:
         said = found.stderr.strip().splitlines()[-3:]
         raise RuntimeError(f"{' '.join(words)}: " + " ".join(said))
-    result: dict[str, Any] = json.loads(found.stdout.strip().splitlines()[-1])
-    return result
+    return json.loads(found.stdout.strip().splitlines()[-1])

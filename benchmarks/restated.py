@@ -74,7 +74,7 @@ class AdamW:
     def step(self) -> float:
         self.optimizer.zero_grad()
         loss = self.loss()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         return float(loss.detach())

@@ -18,11 +18,10 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 
 from benchmarks import process
 from benchmarks.contenders import CONTENDERS, FORWARDS, STEPS, Setup, minilm
-from benchmarks.harness import Rounds, Row, interleave, parser, report
+from benchmarks.harness import Rounds, Row, begin, interleave, parser, report
 
 MEZO = "MeZO restated"
 FORWARDS_OF = {"mezo fp32": "fp32", "qzo int4": "int4", "zoqo int8": "int8"}
@@ -40,7 +39,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> None:
     given = options(words)
-    torch.set_num_threads(given.threads)
+    begin(given)
     setup = Setup(given.model or minilm(), given.batch, given.length)
     if given.measure:
         print(json.dumps(memory(given.measure, setup, given.memory_steps)))
@@ -51,7 +50,7 @@ def main(words: Sequence[str] | None = None) -> None:
     rounds = interleave(works, rounds=given.rounds, calls=given.calls, warmup=given.warmup)
     rows = [*seconds_rows(names, rounds), *ratio_rows(names, rounds), *memory_rows(peaks)]
     report(
-        "step", rows, given.out, given,
+        "step", rows, given,
         seconds_per_round=rounds.seconds, memory=peaks, failures=failures,
     )  # fmt: skip
 
@@ -99,7 +98,9 @@ def ratio_rows(names: Sequence[str], rounds: Rounds) -> list[Row]:
     for name, kind in FORWARDS_OF.items():
         base = f"two forwards {kind}"
         if {name, base} <= set(names):
-            rows.append(Row(f"{name} / forwards", rounds.ratio(name, base), "x", base, OVER_FORWARDS))
+            rows.append(
+                Row(f"{name} / forwards", rounds.ratio(name, base), "x", base, OVER_FORWARDS)
+            )
     return rows
 
 

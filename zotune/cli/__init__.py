@@ -40,7 +40,6 @@ def _run(argv: list[str]) -> int:
     from zotune.cli.commands import COMMANDS
     from zotune.cli.flags import build_parser, normalise
     from zotune.cli.output import show
-    from zotune.training.report import plain
 
     parser = build_parser(COMMANDS)
     parsed = parser.parse_args(normalise(argv, COMMANDS))
@@ -54,6 +53,8 @@ def _run(argv: list[str]) -> int:
     with redirect_stdout(sys.stderr):  # libraries may print; standard output is ours
         found = command(**_arguments(config, values))
     if as_json:
+        from zotune.training.report import plain
+
         print(json.dumps(plain(found), default=str))
     else:
         show(name, found)

@@ -1,5 +1,18 @@
 """One file, one method. A factory in any file of this folder, marked with `@method`, is found by
-the command line, the docs and the test matrix with no other edit."""
+the command line, the docs and the test matrix with no other edit.
+
+Options that methods share:
+
+    `lr`            length of a step
+    `eps`           perturbation scale: how far from the present point losses are measured
+    `units`         what lr and eps count: "relative" each block's own unit, "absolute" its numbers
+    `queries`       directions measured and averaged per step
+    `directions`    "batch": one for the whole batch, from both sides; "one-sided": from one side
+                    and the base point; "example": one of its own for each example
+    `schedule`      of lr: "constant", "linear" or "cosine" to 0
+    `warmup`        steps in which lr rises
+    `weight_decay`  decoupled, on the matrices of layers only, told by module type
+"""
 
 from __future__ import annotations
 

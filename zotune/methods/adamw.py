@@ -23,6 +23,10 @@ def adamw(
 ) -> Backprop:
     """torch.optim.AdamW on any float space, by backpropagation (Loshchilov & Hutter 2019).
 
+        m = mean_b1 g,  v = mean_b2 g^2,  theta <- theta - lr (m / (sqrt v + 1e-8) + wd theta)
+
+    Gradients are first clipped to the norm `clip` (0: never).
+
     >>> adamw().forwards
     1
     """
