@@ -176,7 +176,9 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def digest(model: nn.Module) -> dict[str, str]:
     """A hash of the bytes of every parameter and buffer."""
     return {
-        name: hashlib.sha256(t.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(
+            t.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
         for name, t in tensors_of(model).items()
         if t.dim()
     }

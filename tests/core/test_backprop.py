@@ -76,7 +76,9 @@ def test_frozen_weights_get_no_gradient_and_only_the_space_moves() -> None:
 def test_small_steps_add_up_in_sixteen_bit_weights(dtype: torch.dtype) -> None:
     model = small().to(dtype)
     nn.init.constant_(model.head.bias, 1.0)
-    tuner = tuner_of(model, "weights(pattern='head.bias')", Backprop(lr=1e-4, clip=0.0), total=10**9)
+    tuner = tuner_of(
+        model, "weights(pattern='head.bias')", Backprop(lr=1e-4, clip=0.0), total=10**9
+    )
     for _ in range(100):
         tuner.step(batch(8, 0))
     # Adam moves each element by about lr a step: 1e-2 in all, from steps below the spacing at 1.
@@ -106,7 +108,9 @@ def test_blocks_with_an_own_lr_move_by_it() -> None:
     before = copy.deepcopy(model)
     tuner = tuner_of(model, "head(lr=0.05) + weights(pattern='up')", Backprop(lr=0.01))
     tuner.step(batch(8))
-    assert float((model.head.weight - before.head.weight).abs().max()) == pytest.approx(0.05, rel=1e-3)
+    assert float((model.head.weight - before.head.weight).abs().max()) == pytest.approx(
+        0.05, rel=1e-3
+    )
     assert float((model.up.weight - before.up.weight).abs().max()) == pytest.approx(0.01, rel=1e-3)
 
 

@@ -39,7 +39,9 @@ def code_block(scheme: str, rows: int = 4, columns: int = 12, seed: int = 0) -> 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("keep_master", [True, False])
-def test_a_thousand_small_steps_add_up_in_sixteen_bits(dtype: torch.dtype, keep_master: bool) -> None:
+def test_a_thousand_small_steps_add_up_in_sixteen_bits(
+    dtype: torch.dtype, keep_master: bool
+) -> None:
     n, tiny = 4096, 1e-6  # a hundredth of the spacing at 0.02 in bf16, a fifteenth in fp16
     block = half_block(dtype, 0.02, n, keep_master)
     start = block.value().double().mean()
@@ -56,7 +58,9 @@ def test_a_thousand_small_steps_add_up_in_sixteen_bits(dtype: torch.dtype, keep_
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@given(value=st.floats(-3, 3, width=16).filter(lambda v: abs(v) > 1e-3), step=st.floats(-0.01, 0.01))
+@given(
+    value=st.floats(-3, 3, width=16).filter(lambda v: abs(v) > 1e-3), step=st.floats(-0.01, 0.01)
+)
 def test_stochastic_rounding_of_sixteen_bits_is_unbiased(
     dtype: torch.dtype, value: float, step: float
 ) -> None:
@@ -148,7 +152,9 @@ def test_a_probe_sees_codes_in_range_and_integers_stay_integers(scheme: str, ste
     seen = block.at(u, step)
     low, high = block.limits
     assert torch.equal(seen.float(), (block.value().float() + step * u).clamp(low, high))
-    assert seen.dtype == (torch.int8 if torch.equal(seen.float(), seen.float().round()) else seen.dtype)
+    assert seen.dtype == (
+        torch.int8 if torch.equal(seen.float(), seen.float().round()) else seen.dtype
+    )
     if step == int(step):
         assert seen.dtype == torch.int8
     assert torch.equal(block.state(), before)
@@ -181,7 +187,9 @@ def test_a_relative_eps_counts_in_each_scales_own_size() -> None:
 def test_every_code_has_the_weight_of_its_own_scale() -> None:
     for scheme in SCHEMES:
         block = code_block(scheme)
-        block.module.scale.copy_(torch.arange(1.0, 1 + block.module.scale.numel()).view_as(block.module.scale))
+        block.module.scale.copy_(
+            torch.arange(1.0, 1 + block.module.scale.numel()).view_as(block.module.scale)
+        )
         shifted = block.module.dequantize()
         block.move_(0, block.rows, -torch.ones(block.shape), Key(0))
         change = block.module.dequantize() - shifted

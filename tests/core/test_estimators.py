@@ -120,7 +120,7 @@ def test_a_direction_per_example_estimates_the_gradient_of_the_weighted_batch_lo
     g = Gaussian().combine(estimate.keys, share, block, 0, 6).double()
     truth = (weights.unsqueeze(1) * f).sum(0)
     # Five standard errors of a mean of q sums of weighted (c_b u_b).
-    spread = (weights.unsqueeze(1) * slopes[0].new_ones(examples, 1) * f.norm(dim=1, keepdim=True))
+    spread = weights.unsqueeze(1) * slopes[0].new_ones(examples, 1) * f.norm(dim=1, keepdim=True)
     error = 5 * float(spread.square().sum().sqrt()) * math.sqrt(3 / queries)
     assert float((g - truth).abs().max()) < error
     assert cosine(g, truth) > 0.99
@@ -183,7 +183,9 @@ def test_estimators_refuse_what_makes_no_sense() -> None:
 # ---- shaping --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ratio", "shrink"), [(0.25, 0.197), (0.5, 0.383), (1.0, 0.683), (2.0, 0.955)])
+@pytest.mark.parametrize(
+    ("ratio", "shrink"), [(0.25, 0.197), (0.5, 0.383), (1.0, 0.683), (2.0, 0.955)]
+)
 def test_clipping_shrinks_the_mean_step_and_nothing_else(ratio: float, shrink: float) -> None:
     """E[clip(c) u] = erf(C / (sqrt 2 ||g||)) g: the table of QZO's section."""
     g, u = gradient(), directions(Gaussian(), DRAWS)
@@ -210,8 +212,12 @@ def test_shaping_takes_degenerate_coefficients(shaping: Shaping) -> None:
     assert eval(repr(shaping), vars(nouns).copy()) == shaping
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=6).filter(lambda c: max(map(abs, c)) > 1e-3))
-def test_standardized_coefficients_have_rms_one_and_keep_their_signs_and_ratios(c: list[float]) -> None:
+@given(
+    st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=6).filter(lambda c: max(map(abs, c)) > 1e-3)
+)
+def test_standardized_coefficients_have_rms_one_and_keep_their_signs_and_ratios(
+    c: list[float],
+) -> None:
     before = torch.tensor(c, dtype=torch.float64)
     after = Standardize()(before)
     assert float(after.square().mean()) == pytest.approx(1)

@@ -23,7 +23,11 @@ from zotune.core.space import Space, tensors
 from zotune.errors import BadInput
 from zotune.tasks.batch import Batch
 
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # absolute, on losses of 1
+TOLERANCE = {
+    torch.float32: 2e-5,
+    torch.bfloat16: 3e-2,
+    torch.float16: 4e-3,
+}  # absolute, on losses of 1
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "small": small, "bert": bert, "gpt2": gpt2, "llama": llama, "llama-tied": lambda: llama(tied=True),
 }  # fmt: skip
@@ -68,13 +72,17 @@ def naive(
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def measured(evaluator: TorchEvaluator, probes: list[Probe], whole: Batch, law: Any = None) -> Tensor:
+def measured(
+    evaluator: TorchEvaluator, probes: list[Probe], whole: Batch, law: Any = None
+) -> Tensor:
     return evaluator.losses(probes, whole, law or Gaussian()).per_example
 
 
 @pytest.mark.parametrize("lanes", [False, True], ids=["shared", "lanes"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_probe_and_example_alone_gives_the_losses_of_the_stack(name: str, lanes: bool) -> None:
+def test_every_probe_and_example_alone_gives_the_losses_of_the_stack(
+    name: str, lanes: bool
+) -> None:
     model, whole = MODELS[name](), batch(3)
     space = bound(spaces.get("weights").build(model))
     probes = pair(lanes)

@@ -38,7 +38,9 @@ def reference(law: str, key: Key, name: str, start: int, stop: int) -> torch.Ten
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
 def test_philox_gives_the_published_answers(counter: str, key: str, answer: str) -> None:
-    compiled = noise_cpu.philox(np.array(words(counter), np.uint32), np.array(words(key), np.uint32))
+    compiled = noise_cpu.philox(
+        np.array(words(counter), np.uint32), np.array(words(key), np.uint32)
+    )
     assert compiled.tolist() == words(answer)
     c = tuple(torch.tensor([w]) for w in words(counter))
     plain = noise_reference.philox(c, (words(key)[0], words(key)[1]))
@@ -119,7 +121,8 @@ def test_equal_shapes_under_unequal_keys_draw_unrelated_numbers(law: noise.Law) 
 
 
 @pytest.mark.parametrize(
-    ("law", "variance", "kurtosis"), [("gaussian", 1, 3), ("uniform", 1 / 3, 1.8), ("rademacher", 1, 1)]
+    ("law", "variance", "kurtosis"),
+    [("gaussian", 1, 3), ("uniform", 1 / 3, 1.8), ("rademacher", 1, 1)],
 )
 def test_moments_are_those_of_the_law(law: noise.Law, variance: float, kurtosis: float) -> None:
     n = 1 << 20

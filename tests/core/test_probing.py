@@ -32,7 +32,9 @@ law_of = st.sampled_from((Gaussian(), Rademacher(), Sphere(), Sparse(0.5), LowRa
 def close(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    limit = (TOLERANCE[a.dtype] if tolerance is None else tolerance) * float(b.double().abs().max() or 1)
+    limit = (TOLERANCE[a.dtype] if tolerance is None else tolerance) * float(
+        b.double().abs().max() or 1
+    )
     return float((a.double() - b.double()).abs().max()) <= limit
 
 
@@ -41,7 +43,9 @@ def probe_lists(draw: st.DrawFn) -> list[Probe]:
     """A few probes, base points and shared directions among them, all shared or all per example."""
     lanes = draw(st.booleans())
     drawn = draw(
-        st.lists(st.tuples(st.integers(0, 2), st.sampled_from((0.3, -0.3, 0.0))), min_size=1, max_size=4)
+        st.lists(
+            st.tuples(st.integers(0, 2), st.sampled_from((0.3, -0.3, 0.0))), min_size=1, max_size=4
+        )
     )
     return [Probe(Key(1, step=2, query=q), step, lanes) for q, step in drawn]
 
@@ -98,7 +102,11 @@ def inputs(rows: int, tokens: int | None, width: int, dtype: torch.dtype, seed: 
 
 
 shapes = st.tuples(
-    st.integers(1, 4), st.integers(1, 3), st.none() | st.integers(1, 5), st.integers(1, 17), st.integers(1, 9)
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.none() | st.integers(1, 5),
+    st.integers(1, 17),
+    st.integers(1, 9),
 )  # examples, rows per example, tokens, in, out
 
 
@@ -162,7 +170,9 @@ def test_embeddings(
     probes: list[Probe], shape: Any, dtype: torch.dtype, law: Perturbation, padding: bool
 ) -> None:
     examples, k, tokens, width, vocabulary = shape
-    module = filled_(nn.Embedding(vocabulary + 1, width, padding_idx=0 if padding else None)).to(dtype)
+    module = filled_(nn.Embedding(vocabulary + 1, width, padding_idx=0 if padding else None)).to(
+        dtype
+    )
     blocks = float_blocks(module, ["weight"], unit=0.5)
     view = View(probes, examples, law, 0, len(probes) * examples * k)
     generator = torch.Generator().manual_seed(1)
@@ -312,7 +322,11 @@ def test_rows_that_cannot_be_told_apart_are_an_error_that_says_what_to_do() -> N
 def test_one_probe_alone_takes_any_number_of_rows(use: bool, rows: int) -> None:
     """Without a stack there is nothing to tell apart: relative positions, label texts, anything."""
     view = View([Probe(Key(1), 0.3)], 3, Gaussian(), 0, 3)
-    layers = [nn.Linear(6, 5), nn.LayerNorm(6), adapter.LowRank(torch.zeros(2, 6), torch.zeros(5, 2))]
+    layers = [
+        nn.Linear(6, 5),
+        nn.LayerNorm(6),
+        adapter.LowRank(torch.zeros(2, 6), torch.zeros(5, 2)),
+    ]
     for module in layers:
         name = "B" if isinstance(module, adapter.LowRank) else "weight"
         blocks = float_blocks(filled_(module), [name])
@@ -325,7 +339,9 @@ def test_one_probe_alone_takes_any_number_of_rows(use: bool, rows: int) -> None:
     quantized = QuantLinear.from_linear(filled_(nn.Linear(6, 5)), Scheme.parse("int8-channel"))  # type: ignore[arg-type]
     scales = Scales().build(nn.Sequential(quantized))
     x = inputs(rows, None, 6, torch.float32, 0)
-    assert close(fast(quantized, scales.blocks, view, x, use), alone(quantized, scales.blocks, view, x))
+    assert close(
+        fast(quantized, scales.blocks, view, x, use), alone(quantized, scales.blocks, view, x)
+    )
 
 
 # ---- sites inside sites -------------------------------------------------------------------------------------
@@ -340,7 +356,9 @@ class Outer(nn.Module):
         self.inner = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, *, mask: Tensor, pair: tuple[Tensor, Tensor], scale: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, *, mask: Tensor, pair: tuple[Tensor, Tensor], scale: Tensor
+    ) -> Tensor:
         assert len(x) == len(mask) == len(pair[0])
         out: Tensor = self.norm(self.inner(x) * self.gain) * mask * scale + pair[0] * pair[1]
         return out
@@ -360,7 +378,9 @@ def test_modules_with_own_parameters_may_contain_other_sites(use: bool, lanes: b
     once = torch.ones(5)
 
     def run(rows: slice) -> Tensor:
-        out: Tensor = module(x[rows], mask=mask[rows], pair=(shift[rows], once), scale=torch.tensor(2.0))
+        out: Tensor = module(
+            x[rows], mask=mask[rows], pair=(shift[rows], once), scale=torch.tensor(2.0)
+        )
         return out
 
     with torch.no_grad(), probing(sites_of(space.blocks), view, use):
@@ -371,7 +391,11 @@ def test_modules_with_own_parameters_may_contain_other_sites(use: bool, lanes: b
     for i, (probe, lane) in enumerate(parts):
         key = probe.key if lane is None else probe.key.fold(lane=lane)
         for block in space:
-            value = block.at(Gaussian().draw(key, block), probe.step) if probe.step else held[block.name]
+            value = (
+                block.at(Gaussian().draw(key, block), probe.step)
+                if probe.step
+                else held[block.name]
+            )
             model.get_parameter(block.name).data = value
         truth = run(slice(i * each, (i + 1) * each))
         for block in space:
@@ -430,8 +454,13 @@ def test_a_site_that_returns_no_tensor_says_so() -> None:
 def test_sites_group_blocks_by_module_and_show_tied_blocks_at_each_owner() -> None:
     first, second = nn.Embedding(5, 4), nn.Linear(4, 5, bias=True)
     second.weight = first.weight
-    shared = FloatBlock.of("w", first.weight, [Owner("a", first, "weight"), Owner("b", second, "weight")])
+    shared = FloatBlock.of(
+        "w", first.weight, [Owner("a", first, "weight"), Owner("b", second, "weight")]
+    )
     bias = FloatBlock.of("b", second.bias, [Owner("b", second, "bias")])
     found: list[Site] = sites_of([shared, bias])
-    assert [(s.path, sorted(s.blocks)) for s in found] == [("a", ["weight"]), ("b", ["bias", "weight"])]
+    assert [(s.path, sorted(s.blocks)) for s in found] == [
+        ("a", ["weight"]),
+        ("b", ["bias", "weight"]),
+    ]
     assert found[0].blocks["weight"] is found[1].blocks["weight"]

@@ -39,7 +39,9 @@ def test_sgd_is_lr_times_g() -> None:
         assert torch.equal(step, 0.1 * g)
 
 
-@given(lr=st.floats(1e-8, 10), values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=9))
+@given(
+    lr=st.floats(1e-8, 10), values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=9)
+)
 def test_sign_moves_every_element_that_has_a_slope_by_lr(lr: float, values: list[float]) -> None:
     g = torch.tensor(values)
     step = SignSGD().step(lambda k: g.clone(), {}, 1, lr, float_block("w", len(values)), 0)

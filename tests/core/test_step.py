@@ -115,7 +115,9 @@ def test_a_method_refuses_what_makes_no_sense_and_is_rebuilt_from_its_repr() -> 
             Method("m", **options)
     with pytest.raises(BadInput, match="schedule 'square'"):
         Schedule("square")  # type: ignore[arg-type]
-    method = Method("m", OneSided(0.1, 3), Sparse(0.3), Adam(0.7), (Clip(3.0), Sign()), units="absolute")
+    method = Method(
+        "m", OneSided(0.1, 3), Sparse(0.3), Adam(0.7), (Clip(3.0), Sign()), units="absolute"
+    )
     assert eval(repr(method), vars(nouns).copy()) == method
     assert method.but(lr=0.5).lr == 0.5
     assert method.forwards == 4
@@ -169,7 +171,10 @@ def test_a_skipped_step_is_recorded_and_the_run_goes_on() -> None:
 @pytest.mark.parametrize("rule", [Adam(), Adam(moments="rebuilt"), SignSGD()], ids=repr)
 def test_equal_losses_move_nothing(shaping: Any, rule: Any) -> None:
     for queries in (1, 2):
-        applied, x = after([0.7] * 2 * queries, Method("m", TwoSided(0.1, queries), rule=rule, shaping=shaping, lr=0.1))
+        applied, x = after(
+            [0.7] * 2 * queries,
+            Method("m", TwoSided(0.1, queries), rule=rule, shaping=shaping, lr=0.1),
+        )
         assert applied
         assert torch.equal(x, torch.ones(10))
 
@@ -179,7 +184,13 @@ def test_equal_losses_move_nothing(shaping: Any, rule: Any) -> None:
 METHODS = [
     Method("sgd", TwoSided(0.05, 2), lr=0.05),
     Method("adam", PerExample(0.05), Rademacher(), Adam(), lr=0.01),
-    Method("rebuilt", OneSided(0.05, 3), LowRank(1), Adam(0.7, 0.9, moments="rebuilt", history=2), lr=0.01),
+    Method(
+        "rebuilt",
+        OneSided(0.05, 3),
+        LowRank(1),
+        Adam(0.7, 0.9, moments="rebuilt", history=2),
+        lr=0.01,
+    ),
     Method("sign", TwoSided(0.05), Sparse(0.5), SignSGD(), (Clip(0.1),), lr=0.01, weight_decay=0.1),
     Method("sphere", TwoSided(0.05), Sphere(), lr=0.05, schedule=Schedule("cosine", 1)),
     Method("rounded", TwoSided(0.05), Rounded(4), lr=0.05),
@@ -211,7 +222,9 @@ def test_the_list_of_estimates_gives_the_weights_again_bit_for_bit(
             replayed.apply_(estimate)
         same = [torch.equal(b.state(), end[b.name]) for b in space]
         if isinstance(method.perturbation, LowRank):  # a product of matrices, cut elsewhere
-            assert all(torch.allclose(b.state().float(), end[b.name].float(), atol=2e-2) for b in space)
+            assert all(
+                torch.allclose(b.state().float(), end[b.name].float(), atol=2e-2) for b in space
+            )
         else:
             assert all(same)
 
@@ -256,10 +269,14 @@ def test_steps_are_taken_in_the_blocks_own_units() -> None:
     large, little = torch.full((5,), 1000.0), torch.full((5,), 1e-3)
 
     def distance(values: dict[str, Tensor], _: Any) -> float:
-        return float((values["large"] / 1000).square().sum() + (values["little"] * 1000).square().sum())
+        return float(
+            (values["large"] / 1000).square().sum() + (values["little"] * 1000).square().sum()
+        )
 
     def learned(units: Any) -> list[float]:
-        space = tensors({"large": large.clone()}, unit=1000.0) + tensors({"little": little.clone()}, unit=1e-3)
+        space = tensors({"large": large.clone()}, unit=1000.0) + tensors(
+            {"little": little.clone()}, unit=1e-3
+        )
         tuner = tuner_of(space, Method("m", TwoSided(0.05), lr=0.03, units=units), distance)
         for _ in range(200):
             tuner.step(None)

@@ -70,7 +70,12 @@ def build(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32) -> tupl
 
 
 def tuner_of(
-    model: nn.Module, space: Space, method: AnyMethod, seed: int = 1, total: int = STEPS, **options: Any
+    model: nn.Module,
+    space: Space,
+    method: AnyMethod,
+    seed: int = 1,
+    total: int = STEPS,
+    **options: Any,
 ) -> Any:
     evaluator = TorchEvaluator(model, space, cross_entropy)
     if isinstance(method, Backprop):
@@ -190,7 +195,9 @@ WITH: dict[str, dict[str, Any]] = {
 GRID = {"lr": 9.0, "eps": 2.0}  # ZOQO counts whole codes, so small differences are none
 
 
-@pytest.mark.parametrize(("name", "option"), [(n, o) for n, e in ENTRIES.items() for o in e.options])
+@pytest.mark.parametrize(
+    ("name", "option"), [(n, o) for n, e in ENTRIES.items() for o in e.options]
+)
 def test_every_option_acts(name: str, option: str) -> None:
     entry = ENTRIES[name]
     space = next(s for s in ("weights", *entry.spaces) if s in entry.spaces)
@@ -270,7 +277,9 @@ def test_every_option_is_documented_typed_and_has_a_default(entry: Entry) -> Non
         assert default is not inspect.Parameter.empty
         assert get_args(hints[option]) or isinstance(default, hints[option])
         shared = f"`{option}`" in (methods.__doc__ or "")
-        assert shared or re.search(rf"(?<![A-Za-z0-9]){option}\b", own), f"{option} is not documented"
+        assert shared or re.search(rf"(?<![A-Za-z0-9]){option}\b", own), (
+            f"{option} is not documented"
+        )
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=list(ENTRIES))
@@ -301,7 +310,9 @@ def test_a_double_name_fails_loudly() -> None:
 
 
 def test_methods_are_found_by_name_and_by_text() -> None:
-    assert methods.parse("zo-sign(queries=2)", eps=0.5) == methods.get("zo_sign", queries=2, eps=0.5)
+    assert methods.parse("zo-sign(queries=2)", eps=0.5) == methods.get(
+        "zo_sign", queries=2, eps=0.5
+    )
     assert methods.parse("mezo(lr=1e-3, units='relative')").lr == 1e-3
     for text, message in (
         ("mezzo", "did you mean mezo"), ("mezo(epss=1)", "did you mean eps"),

@@ -236,7 +236,9 @@ def test_zo_sign_moves_every_weight_by_lr_against_its_estimate() -> None:
     sign = math.copysign(1, report.estimate.coefficients[0])
     for b in space:
         u = Gaussian().draw(Key(SEED), b)
-        assert torch.allclose(b.value(), before[b.name] - 2.0**-6 * sign * u.sign(), rtol=0, atol=1e-7)
+        assert torch.allclose(
+            b.value(), before[b.name] - 2.0**-6 * sign * u.sign(), rtol=0, atol=1e-7
+        )
 
 
 # ---- QuZO's bias, and that two independent roundings have none ------------------------------------------

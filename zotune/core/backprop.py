@@ -69,11 +69,11 @@ class BackpropTuner:
             .requires_grad_()
             for b in blocks
         }
-        groups = [
+        groups: list[dict[str, Any]] = [
             {
                 "params": [self.leaves[b.name]],
                 "weight_decay": method.weight_decay * b.decay,
-                "lr": (b.lr if b.lr is not None else method.lr),
+                "lr": b.lr if b.lr is not None else method.lr,
             }
             for b in blocks
         ]
@@ -113,7 +113,7 @@ class BackpropTuner:
                     raise BadInput(
                         "this objective has no gradient; backprop needs a differentiable loss"
                     )
-                share.backward()
+                share.backward()  # type: ignore[no-untyped-call]
             total, whole = total + float(share.detach()), whole + float(weight.detach().sum())
         self.evaluator.forwards += 1
         for leaf in self.leaves.values():

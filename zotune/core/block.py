@@ -31,6 +31,13 @@ class Owner:
     module: nn.Module
     attribute: str
 
+    @property
+    def tensor(self) -> Tensor:
+        """What the module holds under that name now."""
+        found = getattr(self.module, self.attribute)
+        assert isinstance(found, Tensor)
+        return found
+
 
 @dataclass
 class Block(ABC):
@@ -63,9 +70,11 @@ class Block(ABC):
         return self.shape[0] if self.shape else 1
 
     def bind_(self, eps: float, lr: float, units: str) -> None:
-        """Fix reach and stride for a method with this eps and lr; units "relative" or "absolute"."""
+        """Fix reach and stride for a method's eps and lr; units "relative" or "absolute"."""
         if self.lr and not lr:
-            raise BadInput(f"lr=0, but block {self.name!r} has lr={self.lr}: want an lr > 0 for both")
+            raise BadInput(
+                f"lr=0, but block {self.name!r} has lr={self.lr}: want an lr > 0 for both"
+            )
         unit = self.unit if units == "relative" else 1.0
         self.eps_ratio = (self.eps / eps) if self.eps is not None and eps else 1.0
         self.lr_ratio = (self.lr / lr) if self.lr is not None and lr else 1.0
@@ -133,8 +142,12 @@ class FloatBlock(Block):
             self.master = _wide(self.master)
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor, owners: Sequence[Owner] = (), **options: Any) -> FloatBlock:
-        return cls(name, tuple(tensor.shape), tensor.device, tuple(owners), tensor=tensor, **options)
+    def of(
+        cls, name: str, tensor: Tensor, owners: Sequence[Owner] = (), **options: Any
+    ) -> FloatBlock:
+        return cls(
+            name, tuple(tensor.shape), tensor.device, tuple(owners), tensor=tensor, **options
+        )
 
     def _bounded(self, value: Tensor) -> Tensor:
         return value if self.minimum is None else value.clamp_min(self.minimum)

@@ -1,13 +1,14 @@
 """Estimators: keys to probes, losses to coefficients. They never see a model or a batch.
 
-    ask(key)            -> probes, the points whose losses are wanted
-    tell(key, losses)   -> Estimate, with g = mean_k coefficients[k] * u(keys[k])
+ask(key)            -> probes, the points whose losses are wanted
+tell(key, losses)   -> Estimate, with g = mean_k coefficients[k] * u(keys[k])
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Estimator(ABC):
 
 @dataclass(frozen=True)
 class TwoSided(Estimator):
-    """Central difference (SPSA, Spall 1992; MeZO 2023): c_j = (L(+eps u_j) - L(-eps u_j)) / (2 eps).
+    """Central difference (SPSA, Spall 1992): c_j = (L(+eps u_j) - L(-eps u_j)) / (2 eps).
 
     >>> probes = TwoSided(eps=0.5).ask(Key(0))
     >>> [p.step for p in probes]
@@ -157,7 +158,7 @@ def estimator(directions: str, eps: float, queries: int) -> Estimator:
     >>> estimator("example", 1e-3, 1)
     PerExample(eps=0.001, queries=1)
     """
-    kinds = {"batch": TwoSided, "one-sided": OneSided, "example": PerExample}
+    kinds: dict[str, Any] = {"batch": TwoSided, "one-sided": OneSided, "example": PerExample}
     if directions not in kinds:
         raise BadInput(f"directions={directions!r}; want one of {', '.join(kinds)}")
     return kinds[directions](eps, queries)

@@ -82,7 +82,9 @@ class TorchEvaluator(Evaluator):
         pieces, weights = [], []
         size = self.micro_batch or batch.size
         for first in range(0, batch.size, size):
-            piece = batch if size >= batch.size else batch.select(first, min(first + size, batch.size))
+            piece = (
+                batch if size >= batch.size else batch.select(first, min(first + size, batch.size))
+            )
             rows = [
                 self._stacked(group, piece, first, perturbation)
                 for group in _groups(probes, self.stack)
@@ -115,9 +117,10 @@ class TorchEvaluator(Evaluator):
         if wanted != 1 and not self._agrees(truth, batch, probes, perturbation):
             self.stack = 1
         self.forwards = 0
-        seen = {id(b) for site in self.sites if site.path in self.visited for b in site.blocks.values()}
+        seen = {
+            id(b) for site in self.sites if site.path in self.visited for b in site.blocks.values()
+        }
         return [b.name for b in self.space.blocks if id(b) not in seen]
-
 
     def _apart(
         self, batch: Batch, probes: Sequence[Probe], perturbation: Perturbation

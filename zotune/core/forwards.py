@@ -100,7 +100,8 @@ def layer_norm(site: Site, view: View, x: Tensor) -> Any:
 def embedding(site: Site, view: View, ids: Tensor) -> Any:
     """Only the rows that the batch looks up are drawn."""
     module, block = site.module, site.blocks["weight"]
-    assert isinstance(module, nn.Embedding) and isinstance(block, FloatBlock)
+    assert isinstance(module, nn.Embedding)
+    assert isinstance(block, FloatBlock)
     each = rows_per_part(site, view, len(ids))
     if not each or view.lanes or module.max_norm is not None or not isinstance(block.reach, float):
         return NotImplemented

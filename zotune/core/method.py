@@ -13,6 +13,7 @@ from zotune.core.shaping import Shaping
 from zotune.errors import BadInput
 
 Units = Literal["relative", "absolute"]
+Decay = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Schedule:
     0.5
     """
 
-    kind: Literal["constant", "linear", "cosine"] = "constant"
+    kind: Decay = "constant"
     warmup: int = 0
 
     def __post_init__(self) -> None:

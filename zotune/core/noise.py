@@ -73,7 +73,9 @@ def _philox_key_array(seed: int, name: str) -> Any:
     return np.array(philox_key(seed, name), np.uint32)
 
 
-def draw(law: Law, key: Key, name: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+def draw(
+    law: Law, key: Key, name: str, start: int, stop: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """u[start:stop] as float32, shape (stop - start,).
 
     Laws have mean 0; gaussian and rademacher variance 1, uniform on [-1, 1) variance 1/3.
@@ -86,7 +88,12 @@ def draw(law: Law, key: Key, name: str, start: int, stop: int, device: torch.dev
 
 
 def draw_rows(
-    law: Law, keys: Sequence[Key], name: str, starts: Sequence[int], n: int, device: torch.device | str = "cpu"
+    law: Law,
+    keys: Sequence[Key],
+    name: str,
+    starts: Sequence[int],
+    n: int,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Row k holds u_k[starts[k] : starts[k] + n]; shape (len(keys), n), float32.
 
@@ -111,9 +118,9 @@ def draw_rows(
     seed_array = _philox_key_array(keys[0].seed, name)
     if len(keys) == 1:
         parallel_ranges(
-            lambda lo, hi: kernel(
-                view[:, lo:hi], number, size, offsets + lo, streams, seed_array
-            ), n, _GRAIN
+            lambda lo, hi: kernel(view[:, lo:hi], number, size, offsets + lo, streams, seed_array),
+            n,
+            _GRAIN,
         )
     else:
         parallel_ranges(
@@ -127,7 +134,12 @@ def draw_rows(
 
 
 def combine_(
-    out: Tensor, law: Law, keys: Sequence[Key], coefficients: Sequence[float], name: str, start: int = 0
+    out: Tensor,
+    law: Law,
+    keys: Sequence[Key],
+    coefficients: Sequence[float],
+    name: str,
+    start: int = 0,
 ) -> Tensor:
     """out += sum_k coefficients[k] * u_k[start : start + len(out)], in place, in the order of k.
 
@@ -150,9 +162,7 @@ def combine_(
     weights = np.array(coefficients, np.float32)
     seed_array = _philox_key_array(keys[0].seed, name)
     parallel_ranges(
-        lambda lo, hi: kernel(
-            view[lo:hi], number, size, start + lo, streams, seed_array, weights
-        ),
+        lambda lo, hi: kernel(view[lo:hi], number, size, start + lo, streams, seed_array, weights),
         len(out),
         max(1024, _GRAIN // len(keys)),
     )

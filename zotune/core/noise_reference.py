@@ -30,7 +30,12 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, .
 
 
 def words(
-    start: int, stop: int, size: int, stream: tuple[int, int, int], key: tuple[int, int], device: torch.device
+    start: int,
+    stop: int,
+    size: int,
+    stream: tuple[int, int, int],
+    key: tuple[int, int],
+    device: torch.device,
 ) -> tuple[Tensor, int]:
     """The words (tiles, 64) of all tiles of `size` numbers that touch [start, stop), and where
     the first tile begins."""
@@ -61,7 +66,7 @@ def gaussian(word: Tensor) -> Tensor:
     return torch.stack([even, odd], dim=2).reshape(-1, 64)
 
 
-_LOG = (-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1)
+_LOG: tuple[float, ...] = (-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1)
 _LOG += (-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)
 
 
@@ -111,7 +116,14 @@ LAWS = {"gaussian": gaussian, "uniform": uniform, "rademacher": rademacher}
 SIZES = {"gaussian": 64, "uniform": 64, "rademacher": 2048}
 
 
-def row(law: str, start: int, stop: int, stream: tuple[int, int, int], key: tuple[int, int], device: torch.device) -> Tensor:
+def row(
+    law: str,
+    start: int,
+    stop: int,
+    stream: tuple[int, int, int],
+    key: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
     """u[start:stop] of one stream as a float32 tensor on `device`."""
     if stop <= start:
         return torch.empty(0, device=device)

@@ -38,7 +38,12 @@ class Perturbation(ABC):
         return self.draw(key, block)[list(rows)]
 
     def combine(
-        self, keys: Sequence[Key], coefficients: Sequence[float], block: Block, start: int, stop: int
+        self,
+        keys: Sequence[Key],
+        coefficients: Sequence[float],
+        block: Block,
+        start: int,
+        stop: int,
     ) -> Tensor:
         """g[start:stop] = sum_k coefficients[k] * u_k[start:stop]."""
         total = torch.zeros(_part_shape(block, start, stop), device=block.device)
@@ -84,7 +89,12 @@ class _Independent(Perturbation):
         return u if self.gain == 1.0 else u.mul_(self.gain)
 
     def combine(
-        self, keys: Sequence[Key], coefficients: Sequence[float], block: Block, start: int, stop: int
+        self,
+        keys: Sequence[Key],
+        coefficients: Sequence[float],
+        block: Block,
+        start: int,
+        stop: int,
     ) -> Tensor:
         low, high, shape = _span(block, start, stop)
         total = torch.zeros(high - low, device=block.device)
@@ -101,7 +111,7 @@ class Gaussian(_Independent):
 
 @dataclass(frozen=True)
 class Rademacher(_Independent):
-    """u uniform on {-1, +1}^d: the same mean and covariance as Gaussian, less variance, one bit each.
+    """u uniform on {-1, +1}^d: mean and covariance as Gaussian, less variance, one bit each.
 
     >>> import torch; from zotune.core.block import FloatBlock
     >>> block = FloatBlock.of("w", torch.zeros(2, 3))
@@ -236,7 +246,12 @@ class Rounded(Perturbation):
         return self._rounded("a", key, block, start, stop)
 
     def combine(
-        self, keys: Sequence[Key], coefficients: Sequence[float], block: Block, start: int, stop: int
+        self,
+        keys: Sequence[Key],
+        coefficients: Sequence[float],
+        block: Block,
+        start: int,
+        stop: int,
     ) -> Tensor:
         total = torch.zeros(_part_shape(block, start, stop), device=block.device)
         for key, c in zip(keys, coefficients, strict=True):

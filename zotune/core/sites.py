@@ -26,7 +26,7 @@ from zotune.errors import ZotuneError
 
 
 class StackingError(ZotuneError):
-    """A site saw a tensor whose rows cannot be told apart by probe; evaluate one probe at a time."""
+    """A site saw rows that cannot be told apart by probe; evaluate one probe at a time."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,9 @@ def generic(site: Site, view: View, *args: Any, **kwargs: Any) -> Any:
     parts = view.parts
     if len(parts) == 1:
         with view.focused(parts[0]):
-            return site.call({a: view.value(b, parts[0]) for a, b in site.blocks.items()}, *args, **kwargs)
+            return site.call(
+                {a: view.value(b, parts[0]) for a, b in site.blocks.items()}, *args, **kwargs
+            )
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     if not tensors:
         raise StackingError(f"site {site.path!r} takes no tensor; use stack=1 for this model")

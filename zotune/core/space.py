@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zotune.core.block import Block, FloatBlock, Owner
 from zotune.errors import BadInput
 
+
 class Observe(Protocol):
     """Runs training batches through the model, without gradient, for hooks to see.
 
@@ -40,7 +41,9 @@ class Space:
         names = [b.name for b in self.blocks]
         if not names:
             raise BadInput("the space has no blocks: nothing would be trained")
-        double = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+        double = (
+            sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+        )
         if double:
             raise BadInput(f"blocks named twice: {', '.join(double[:5])}; each block is tuned once")
 
@@ -128,7 +131,7 @@ def owners_of(model: nn.Module) -> dict[int, list[Owner]]:
 
 
 def matching(names: Iterable[str], pattern: str | None) -> Callable[[str], bool]:
-    """A filter by regular expression (searched in the name); a pattern without match is an error."""
+    """A filter by regular expression, searched in the name; no match at all is an error."""
     if pattern is None:
         return lambda name: True
     try:

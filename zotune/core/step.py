@@ -127,7 +127,9 @@ class Tuner:
         run = max(1, RUN // width)
         for start in range(0, block.rows, run):
             stop = min(start + run, block.rows)
-            state = {k: (v[start:stop] if v.dim() else v) for k, v in self.state[block.name].items()}
+            state = {
+                k: (v[start:stop] if v.dim() else v) for k, v in self.state[block.name].items()
+            }
 
             def grads(k: int, start: int = start, stop: int = stop) -> Tensor:
                 past = self.recent[k]

@@ -102,7 +102,8 @@ def get(name: str, **options: Any) -> AnyMethod:
     unknown = sorted(set(options) - set(found.options))
     if unknown:
         raise BadInput(
-            f"method {found.name!r} has no option {unknown[0]!r}{nearest(unknown[0], found.options)}"
+            f"method {found.name!r} has no option {unknown[0]!r}"
+            f"{nearest(unknown[0], found.options)}"
         )
     return found.factory(**options)
 

@@ -1,7 +1,7 @@
 """AdamW with exact gradients: the backprop baseline."""
 
 from zotune.core.backprop import Backprop
-from zotune.core.method import Schedule
+from zotune.core.method import Decay, Schedule
 from zotune.methods import method
 
 
@@ -18,7 +18,7 @@ def adamw(
     b2: float = 0.999,
     weight_decay: float = 0.0,
     clip: float = 1.0,
-    schedule: str = "linear",
+    schedule: Decay = "linear",
     warmup: int = 0,
 ) -> Backprop:
     """torch.optim.AdamW on any float space, by backpropagation (Loshchilov & Hutter 2019).

@@ -1,7 +1,7 @@
 """LoRA with exact gradients: the backprop baseline at adapter memory."""
 
 from zotune.core.backprop import Backprop
-from zotune.core.method import Schedule
+from zotune.core.method import Decay, Schedule
 from zotune.methods import method
 
 
@@ -13,7 +13,7 @@ from zotune.methods import method
     memory="activations + 16 bytes per adapter element",
 )
 def lora(
-    lr: float = 2e-4, weight_decay: float = 0.0, schedule: str = "linear", warmup: int = 0
+    lr: float = 2e-4, weight_decay: float = 0.0, schedule: Decay = "linear", warmup: int = 0
 ) -> Backprop:
     """AdamW on LoRA adapters over a frozen base (Hu et al. 2021); over int4 it is QLoRA's idea.
 

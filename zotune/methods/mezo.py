@@ -1,7 +1,7 @@
 """MeZO: zeroth-order SGD with directions drawn again instead of stored."""
 
 from zotune.core.estimator import estimator
-from zotune.core.method import Method, Schedule, Units
+from zotune.core.method import Decay, Method, Schedule, Units
 from zotune.core.perturbation import Gaussian
 from zotune.methods import method
 
@@ -18,7 +18,7 @@ def mezo(
     eps: float = 1e-3,
     queries: int = 1,
     weight_decay: float = 0.0,
-    schedule: str = "constant",
+    schedule: Decay = "constant",
     warmup: int = 0,
     directions: str = "batch",
     units: Units = "absolute",

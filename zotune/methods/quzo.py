@@ -1,7 +1,7 @@
 """QuZO: low-bit noise on low-bit weights, with two independent stochastic roundings."""
 
 from zotune.core.estimator import TwoSided
-from zotune.core.method import Method, Schedule
+from zotune.core.method import Decay, Method, Schedule
 from zotune.core.perturbation import Rounded
 from zotune.methods import method
 
@@ -18,7 +18,7 @@ def quzo(
     eps: float = 0.5,
     bits: int = 4,
     queries: int = 1,
-    schedule: str = "linear",
+    schedule: Decay = "linear",
     warmup: int = 0,
 ) -> Method:
     """SPSA with quantized perturbations whose rounding bias cancels (Zhou et al. 2025).

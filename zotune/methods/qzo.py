@@ -1,7 +1,7 @@
 """QZO: tune the quantization scales, leave the codes frozen."""
 
 from zotune.core.estimator import estimator
-from zotune.core.method import Method, Schedule, Units
+from zotune.core.method import Decay, Method, Schedule, Units
 from zotune.core.perturbation import Gaussian
 from zotune.core.shaping import Clip
 from zotune.methods import method
@@ -19,7 +19,7 @@ def qzo(
     eps: float = 1e-2,
     clip: float = 100.0,
     queries: int = 1,
-    schedule: str = "constant",
+    schedule: Decay = "constant",
     warmup: int = 0,
     directions: str = "batch",
     units: Units = "relative",

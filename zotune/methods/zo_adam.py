@@ -3,7 +3,7 @@
 from typing import Literal
 
 from zotune.core.estimator import estimator
-from zotune.core.method import Method, Schedule, Units
+from zotune.core.method import Decay, Method, Schedule, Units
 from zotune.core.perturbation import Gaussian
 from zotune.core.rule import Adam
 from zotune.methods import method
@@ -25,7 +25,7 @@ def zo_adam(
     moments: Literal["stored", "rebuilt"] = "stored",
     history: int = 32,
     weight_decay: float = 0.0,
-    schedule: str = "constant",
+    schedule: Decay = "constant",
     warmup: int = 0,
     directions: str = "batch",
     units: Units = "relative",

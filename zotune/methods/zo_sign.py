@@ -1,7 +1,7 @@
 """ZO-signSGD: the sign of the estimate only."""
 
 from zotune.core.estimator import estimator
-from zotune.core.method import Method, Schedule, Units
+from zotune.core.method import Decay, Method, Schedule, Units
 from zotune.core.perturbation import Gaussian
 from zotune.core.rule import SignSGD
 from zotune.methods import method
@@ -19,7 +19,7 @@ def zo_sign(
     eps: float = 1e-3,
     queries: int = 1,
     weight_decay: float = 0.0,
-    schedule: str = "linear",
+    schedule: Decay = "linear",
     warmup: int = 0,
     directions: str = "batch",
     units: Units = "absolute",

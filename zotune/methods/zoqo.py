@@ -1,7 +1,7 @@
 """ZOQO: noise, step and weights all stay on the quantization grid."""
 
 from zotune.core.estimator import TwoSided
-from zotune.core.method import Method, Schedule
+from zotune.core.method import Decay, Method, Schedule
 from zotune.core.perturbation import Grid
 from zotune.core.rule import GridSign
 from zotune.core.shaping import Sign
@@ -21,7 +21,7 @@ def zoqo(
     relative: bool = True,
     density: float = 1.0,
     queries: int = 1,
-    schedule: str = "constant",
+    schedule: Decay = "constant",
     warmup: int = 0,
 ) -> Method:
     """Zeroth-order sign descent in integer codes (Bar & Giryes 2025).

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.errors import BadInput, FormatError
+from zotune.quant.linear import is_conv1d
 
 CHILD = "zotune_adapter"
 
@@ -32,7 +33,7 @@ class LowRank(nn.Module):
         super().__init__()
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise BadInput(
-                f"adapter factors {tuple(a.shape)} and {tuple(b.shape)}; want (rank, in), (out, rank)"
+                f"adapter of {tuple(a.shape)} and {tuple(b.shape)}; want (rank, in), (out, rank)"
             )
         self.A = nn.Parameter(a.float(), requires_grad=False)
         self.B = nn.Parameter(b.float(), requires_grad=False)
@@ -77,6 +78,8 @@ def fold_(layer: nn.Module) -> None:
     weight = layer.get_parameter("weight")
     with torch.no_grad():
         product = adapter.scaling * adapter.B.double() @ adapter.A.double()
+        if is_conv1d(layer):
+            product = product.t()
         weight.copy_((weight.double() + product).to(weight.dtype))
     _remove(layer)
 
@@ -109,7 +112,9 @@ def save_peft(model: nn.Module, folder: Path, base: str, prefix: str = "") -> No
     rank, scaling = ranks.pop(), scalings.pop()
     outside = [path for path, _, _ in found if not path.startswith(prefix)]
     if outside:
-        raise BadInput(f"adapters on {outside[:3]} lie outside {prefix!r}: PEFT would not find them")
+        raise BadInput(
+            f"adapters on {outside[:3]} lie outside {prefix!r}: PEFT would not find them"
+        )
     names = [path.removeprefix(prefix) for path, _, _ in found]
     tensors = {}
     for name, (_, _, adapter) in zip(names, found, strict=True):
@@ -127,7 +132,40 @@ def save_peft(model: nn.Module, folder: Path, base: str, prefix: str = "") -> No
 
 
 def load_peft(model: nn.Module, folder: Path, prefix: str = "") -> None:
-    """Attach the LoRA adapters that a folder holds; shapes and layer names are checked first."""
+    """Attach the LoRA adapters that a folder holds; everything is checked before the first.
+
+    The scaling is alpha / rank, alpha / sqrt(rank) for rank-stabilised LoRA, with each layer's
+    own rank. What would be lost (biases, whole modules, DoRA's magnitudes) is an error.
+    """
+    config, tensors = _read_peft(folder)
+    start, ends = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
+    paths = sorted(
+        {k.removeprefix(start).removesuffix(e) for k in tensors for e in ends if k.endswith(e)}
+    )
+    names = {path: [f"{start}{path}{end}" for end in ends] for path in paths}
+    unread = sorted(set(tensors) - {n for pair in names.values() for n in pair})
+    if unread or not paths:
+        raise FormatError(
+            f"{folder}: adapter tensors {unread[:3] or 'none'}; only LoRA factors of linear "
+            "layers are read. Merge the adapter into its model instead"
+        )
+    layers = dict(model.named_modules())
+    missing = [p for p in paths if prefix + p not in layers]
+    if missing:
+        raise FormatError(f"{folder}: adapter layers {missing[:3]} are not in this model")
+    found = []
+    for path, (a, b) in names.items():
+        layer, factors = layers[prefix + path], (tensors.get(a), tensors.get(b))
+        rank = _rank(folder, path, layer, *factors)
+        scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+        found.append((layer, LowRank(*factors, scaling)))  # type: ignore[arg-type]
+    for layer, adapter in found:
+        device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
+        attach(layer, adapter.to(device))
+
+
+def _read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and tensors of a plain LoRA folder."""
     from safetensors.torch import load_file
 
     try:
@@ -141,15 +179,19 @@ def load_peft(model: nn.Module, folder: Path, prefix: str = "") -> None:
         raise FormatError(
             f"{folder}: peft_type {config.get('peft_type')!r}; only plain LoRA is read"
         )
-    scaling = config["lora_alpha"] / config["r"]
-    layers = dict(model.named_modules())
-    start, ends = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
-    paths = sorted(
-        {k.removeprefix(start).removesuffix(ends[0]) for k in tensors if k.endswith(ends[0])}
-    )
-    missing = [p for p in paths if prefix + p not in layers]
-    if missing or not paths:
-        raise FormatError(f"{folder}: adapter layers {missing[:3] or 'none'} are not in this model")
-    for path in paths:
-        a, b = (tensors[f"{start}{path}{end}"] for end in ends)
-        attach(layers[prefix + path], LowRank(a, b, scaling))
+    if not isinstance(config.get("lora_alpha"), int | float) or config.get("alpha_pattern"):
+        raise FormatError(f"{folder}: want one lora_alpha for all layers and no alpha_pattern")
+    return config, tensors
+
+
+def _rank(folder: Path, path: str, layer: nn.Module, a: Tensor | None, b: Tensor | None) -> int:
+    """The rank of a layer's factors, which fit the layer and each other."""
+    inputs = getattr(layer, "in_features", getattr(layer, "nx", None))
+    outputs = getattr(layer, "out_features", getattr(layer, "nf", None))
+    shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
+    if a is None or b is None or shapes != [(len(a), inputs), (outputs, len(a))]:
+        raise FormatError(
+            f"{folder}: adapter factors of {path!r} have shapes {shapes}; want (rank, {inputs}) "
+            f"and ({outputs}, rank)"
+        )
+    return len(a)

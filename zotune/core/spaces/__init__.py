@@ -1,4 +1,4 @@
-"""One file per kind of space. `parse("adapter(rank=4)+head")` gives the record by its short name."""
+"""One file per kind of space; `parse("adapter(rank=4)+head")` reads their short names."""
 
 from __future__ import annotations
 

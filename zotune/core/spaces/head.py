@@ -15,7 +15,7 @@ from zotune.errors import BadInput
 from zotune.models.adapter import CHILD, LowRank, attach
 
 SHRINKAGE = 0.3  # share of the mean variance added to the covariance within classes
-CLASS_EXAMPLES = 2048  # training examples that the directions are measured on, at most
+CLASS_EXAMPLES = 1024  # training examples that the directions are measured on, at most
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,11 @@ class Head(SpaceSpec):
             return blocks_of(model, self, lambda o: id(o.module) in inside, None, "head")
         path, layer = _linear_head(model, inside)
         found = layer._modules.get(CHILD)
-        adapter, unit = (found, 1.0) if isinstance(found, LowRank) else self._attach(path, layer, model, observe)
+        adapter, unit = (
+            (found, 1.0)
+            if isinstance(found, LowRank)
+            else self._attach(path, layer, model, observe)
+        )
         if self.project:
             with torch.no_grad():
                 layer.weight.zero_()
@@ -70,7 +74,9 @@ class Head(SpaceSpec):
 
 
 def _linear_head(model: nn.Module, inside: set[int]) -> tuple[str, nn.Linear]:
-    found = [(p, m) for p, m in model.named_modules() if id(m) in inside and isinstance(m, nn.Linear)]
+    found = [
+        (p, m) for p, m in model.named_modules() if id(m) in inside and isinstance(m, nn.Linear)
+    ]
     if not found:
         raise BadInput("this model has no linear head; a head on a basis is for classifiers")
     return found[-1]
@@ -91,7 +97,9 @@ class _Classes:
         """Called after each observed batch, with the batch."""
         labels = batch.tensors.get("label")
         if labels is None or len(labels) != len(self.inputs[-1]):
-            raise BadInput("this task's batches have no label per head input; use head without basis")
+            raise BadInput(
+                "this task's batches have no label per head input; use head without basis"
+            )
         self.labels.append(labels.cpu())
 
     def unit(self, weight: Tensor) -> float:

@@ -50,7 +50,9 @@ class Lora(SpaceSpec):
                 unit = rms(tensor) if tensor.any() else (adapter.A.numel()) ** -0.5
                 owner = Owner(f"{path}.{CHILD}", adapter, attribute)
                 name = f"{path}.lora_{attribute}"
-                blocks.append(FloatBlock.of(name, tensor, [owner], unit=unit, decay=True, **self.options))
+                blocks.append(
+                    FloatBlock.of(name, tensor, [owner], unit=unit, decay=True, **self.options)
+                )
         return Space(blocks)
 
     def _fresh(self, path: str, layer: nn.Module) -> LowRank:

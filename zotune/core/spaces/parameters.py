@@ -18,7 +18,14 @@ _ZERO_UNIT = 0.02  # unit of a block that is all zeros: the usual std of initial
 Keep = Callable[[Owner], bool]
 
 
-def blocks_of(model: nn.Module, spec: SpaceSpec, keep: Keep, pattern: str | None, what: str, keep_master: bool = True) -> Space:
+def blocks_of(
+    model: nn.Module,
+    spec: SpaceSpec,
+    keep: Keep,
+    pattern: str | None,
+    what: str,
+    keep_master: bool = True,
+) -> Space:
     """Float blocks over the parameters whose first owner passes `keep` and whose name matches.
 
     Tied parameters are one block. The unit of a block is the rms of its values.
@@ -71,9 +78,7 @@ def heads(model: nn.Module) -> set[int]:
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
         found.add(id(output))
-    return {i for i in found} | {
-        id(child) for m in model.children() if id(m) in found for child in m.modules()
-    }
+    return found | {id(child) for m in model.children() if id(m) in found for child in m.modules()}
 
 
 @dataclass(frozen=True)

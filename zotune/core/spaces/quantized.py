@@ -39,9 +39,13 @@ class Scales(SpaceSpec):
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
         return Space(
             FloatBlock.of(
-                f"{o.path}.scale", o.module.scale, [o], unit=o.module.scale.detach().clone(),
-                minimum=SMALLEST_SCALE, **self.options,
-            )  # fmt: skip
+                f"{o.path}.scale",
+                o.tensor,
+                [o],
+                unit=o.tensor.detach().clone(),
+                minimum=SMALLEST_SCALE,
+                **self.options,
+            )
             for o in quantized(model, "scale", self.pattern)
         )
 
@@ -54,7 +58,7 @@ class Zeros(SpaceSpec):
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
         return Space(
-            FloatBlock.of(f"{o.path}.zero", o.module.zero, [o], **self.options)
+            FloatBlock.of(f"{o.path}.zero", o.tensor, [o], **self.options)
             for o in quantized(model, "zero", self.pattern)
         )
 
