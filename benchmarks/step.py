@@ -32,7 +32,7 @@ OVER_FORWARDS = 1.3
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     assert __doc__ is not None
     flags = parser(__doc__, batch=16, length=48, rounds=7, calls=3, warmup=2, memory_steps=8)
-    flags.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these contenders only")
+    flags.add_argument("--only", nargs="+", choices=[*STEPS, *FORWARDS], help="these alone")
     flags.add_argument("--measure", choices=list(CONTENDERS), help="memory of one, as JSON")
     return flags.parse_args(words)
 
@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(json.dumps(memory(given.measure, setup, given.memory_steps)))
         return
     names = [n for n in {**STEPS, **FORWARDS} if given.only is None or n in given.only]
-    peaks, failures = peaks_of(names, given)
+    peaks, failures = peaks_of(names if given.memory_steps else (), given)
     works = {name: CONTENDERS[name].work(setup) for name in names}
     rounds = interleave(works, rounds=given.rounds, calls=given.calls, warmup=given.warmup)
     rows = [*seconds_rows(names, rounds), *ratio_rows(names, rounds), *memory_rows(peaks)]

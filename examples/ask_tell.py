@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import zotune
-from zotune import methods
 from zotune.core.probe import Losses, Probe
 from zotune.core.space import tensors
+from zotune.methods.zo_adam import zo_adam
 
 TIMES = [0.1 * i for i in range(60)]
 TRUTH = (2.0, 0.4, 3.0, 0.5)
@@ -40,7 +40,7 @@ def main(steps: int = 800) -> tuple[float, float]:
     """Loss before and after."""
     space = tensors({"knobs": torch.tensor([1.5, 0.6, 2.8, 0.3])})
     (knobs,) = space
-    method = methods.get("zo-adam", lr=0.01, eps=1e-3, queries=4, schedule="linear")
+    method = zo_adam(lr=0.01, eps=1e-3, queries=4, schedule="linear")
     tuner = zotune.Tuner(space, method, seed=0, total=steps)
 
     def point(probe: Probe) -> list[float]:

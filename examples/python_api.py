@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zotune
-from zotune import methods
 from zotune.core import spaces
+from zotune.methods.mezo import mezo
 from zotune.quant import quantize_model_
 from zotune.tasks import Batch
 
@@ -22,17 +22,17 @@ RINGS = 3
 
 
 class Network(nn.Module):
-    """Two layers of random weights, drawn from a generator of their own, and a head of zeros."""
+    """Random weights, drawn from a generator of their own."""
 
     def __init__(self, generator: torch.Generator, width: int = 64) -> None:
         super().__init__()
         first, second = nn.Linear(2, width), nn.Linear(width, width)
         self.body = nn.Sequential(first, nn.Tanh(), nn.LayerNorm(width), second, nn.Tanh())
         self.head = nn.Linear(width, RINGS)
-        for layer in (first, second):
+        for layer in (first, second, self.head):
             nn.init.normal_(layer.weight, std=1.5 * layer.in_features**-0.5, generator=generator)
-            nn.init.normal_(layer.bias, generator=generator)
-        nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(first.bias, std=1.5, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.body(x))
@@ -65,7 +65,7 @@ def main(steps: int = 600) -> tuple[float, float]:
     model = Network(generator).requires_grad_(False)
     quantize_model_(model, "int4-g2", exclude=("head",))
     space = spaces.parse("scales + norms + head").build(model)
-    method = methods.get("mezo", lr=0.3, eps=0.02, units="relative", queries=4, schedule="linear")
+    method = mezo(lr=0.3, eps=0.02, units="relative", queries=4, schedule="linear")
     evaluator = zotune.TorchEvaluator(model, space, objective)
     tuner = zotune.Tuner(space, method, seed=0, evaluator=evaluator, total=steps)
 

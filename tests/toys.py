@@ -74,7 +74,7 @@ def gpt2(seed: int = 0) -> nn.Module:
 
 
 class Small(nn.Module):
-    """Embedding, LayerNorm, two linear layers, a head: the cheapest model with every kind of block."""
+    """Embedding, LayerNorm, two linear layers, a head: the cheapest model with every block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,12 +148,21 @@ class Case:
 
 
 CASES = [
-    Case("weights"), Case("norms"), Case("biases"), Case("head"), Case("head(basis='classes')"),
-    Case("lora(targets='up|down')"), Case("adapter(rank=2)"), Case("scales", "int4-g8"),
-    Case("scales", "int8-channel-a8"), Case("zeros", "int4-g8-asym"), Case("codes", "int4-g8"),
-    Case("codes", "int3-channel"), Case("codes", "int8-channel-a8"), Case("adapter(rank=2) + head(lr=0.1) + scales", "int4-g8"),
-]  # fmt: skip
-FLOAT_CASES = [c for c in CASES if "codes" not in c.space]
+    Case("weights"),
+    Case("norms"),
+    Case("biases"),
+    Case("head"),
+    Case("head(basis='classes')"),
+    Case("lora(targets='up|down')"),
+    Case("adapter(rank=2)"),
+    Case("scales", "int4-g8"),
+    Case("scales", "int8-channel-a8"),
+    Case("zeros", "int4-g8-asym"),
+    Case("codes", "int4-g8"),
+    Case("codes", "int3-channel"),
+    Case("codes", "int8-channel-a8"),
+    Case("adapter(rank=2) + head(lr=0.1) + scales", "int4-g8"),
+]
 
 
 def perturbations() -> list[Perturbation]:

@@ -17,6 +17,7 @@ from zotune.core.perturbation import Gaussian
 from zotune.core.spaces import Adapter, Head
 from zotune.errors import BadInput
 from zotune.models.adapter import adapters
+from zotune.tasks.batch import Batch
 
 
 def data(tokens: int, width: int, dimension: int, seed: int = 0) -> Tensor:
@@ -150,7 +151,7 @@ def test_adapters_of_a_model_are_tuned_further_on_their_own_bases_and_in_like_un
     assert all(torch.equal(bases[p], a.A) for p, _, a in adapters(model))
 
 
-# ---- the head on a basis --------------------------------------------------------------------------------------
+# ---- the head on a basis -------------------------------------------------------------
 
 
 def test_a_head_on_a_basis_starts_where_it_was_and_is_small() -> None:
@@ -167,9 +168,44 @@ def test_a_head_on_a_basis_starts_where_it_was_and_is_small() -> None:
     assert int(torch.linalg.matrix_rank(adapter.A)) == adapter.A.shape[0]
 
 
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize(("width", "labels"), [(16, 2), (4, 9), (5, 5)])
+def test_a_head_on_a_basis_takes_any_number_of_labels(
+    width: int, labels: int, project: bool
+) -> None:
+    head = nn.Linear(width, labels)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6 * labels, width, generator=generator)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(labels, width, generator=generator))
+    model = nn.Sequential()
+    model.head = head  # type: ignore[assignment]
+    plain = head(x)
+
+    def look(model: nn.Module, after: Any = None, examples: Any = None) -> None:
+        model(x)
+        after(Batch({"label": torch.arange(len(x)) % labels}, len(x)))
+
+    (block,) = Head(basis="classes", project=project).build(model, look)
+    ((_, _, adapter),) = adapters(model)
+    rank = min(labels, width)
+    assert block.shape == (labels, rank)
+    a = adapter.A.detach()
+    gram = a @ a.mT
+    assert torch.allclose(gram, gram.diagonal().diag(), rtol=0, atol=1e-4 * float(gram.max()))
+    assert torch.allclose((x @ a.mT).square().mean(0), torch.ones(rank), atol=1e-4)
+    if not project:
+        assert torch.equal(model(x), plain)
+    else:  # least squares: what is left of the logits is orthogonal to every direction
+        left = plain - head.bias - (model(x) - head.bias)
+        assert float(((x @ a.mT).mT @ left).abs().max()) < 1e-2 * len(x)
+
+
 def test_a_head_on_a_basis_wants_labels_activations_and_a_linear_head() -> None:
     with pytest.raises(BadInput, match="observe"):
         Head(basis="classes").build(small())
+    with pytest.raises(BadInput, match="needs a basis"):
+        Head(project=True)
     with pytest.raises(BadInput, match="linear head"):
         Head(basis="classes").build(nn.Sequential(nn.ReLU()), observe)
 

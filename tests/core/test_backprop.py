@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from toys import CASES, Case, batch, cross_entropy, digest, gpt2, observe, small
 from torch import Tensor, nn
+from toys import CASES, Case, batch, cross_entropy, digest, gpt2, observe, small
 
 from zotune.core import nouns, spaces
 from zotune.core.backprop import Backprop, BackpropTuner

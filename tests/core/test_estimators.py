@@ -1,4 +1,7 @@
-"""Estimators and shaping: statistics with the tolerance written out. Run: pytest tests/core/test_estimators.py"""
+"""Estimators and shaping: statistics with the tolerance written out.
+
+Run: pytest tests/core/test_estimators.py
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def directions(law: Perturbation, count: int, d: int = D) -> torch.Tensor:
     return law.draw_lanes([Key(1, lane=i) for i in range(count)], float_block("w", d)).double()
 
 
-# ---- identities of section 0 of the fact sheet, within 3 % ----------------------------------------------
+# ---- identities of section 0 of the fact sheet, within 3 % ---------------------------
 
 
 @pytest.mark.parametrize("queries", [1, 4])
@@ -77,7 +80,7 @@ def test_identity_4_second_moments_of_single_elements() -> None:
     assert torch.allclose(((one @ g).unsqueeze(1) * one).square(), (one @ g).square().unsqueeze(1))
 
 
-# ---- ask and tell ------------------------------------------------------------------------------------------
+# ---- ask and tell --------------------------------------------------------------------
 
 
 def losses_of(made: Estimator, f: torch.Tensor, key: Key, block: object, examples: int) -> Losses:
@@ -180,7 +183,7 @@ def test_estimators_refuse_what_makes_no_sense() -> None:
     assert estimator("one-sided", 0.1, 2) == OneSided(0.1, 2)
 
 
-# ---- shaping --------------------------------------------------------------------------------------------------
+# ---- shaping -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import CASES, Case, batch, bert, cross_entropy, digest, gpt2, llama, observe, small
 from torch import Tensor, nn
+from toys import CASES, Case, batch, bert, cross_entropy, digest, gpt2, llama, observe, small
 
 from zotune.core import spaces
 from zotune.core.evaluator import FunctionEvaluator, TorchEvaluator
@@ -29,8 +29,12 @@ TOLERANCE = {
     torch.float16: 4e-3,
 }  # absolute, on losses of 1
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "small": small, "bert": bert, "gpt2": gpt2, "llama": llama, "llama-tied": lambda: llama(tied=True),
-}  # fmt: skip
+    "small": small,
+    "bert": bert,
+    "gpt2": gpt2,
+    "llama": llama,
+    "llama-tied": lambda: llama(tied=True),
+}
 
 
 def bound(space: Space, eps: float = 0.3) -> Space:
@@ -88,8 +92,14 @@ def test_every_probe_and_example_alone_gives_the_losses_of_the_stack(
     probes = pair(lanes)
     truth = naive(model, space, probes, whole, Gaussian())
     assert float(truth.std(0).min()) > 1e-3  # the probes differ, so agreement says something
-    for options in ({}, {"stack": 1}, {"stack": 2}, {"micro_batch": 2}, {"stack": 3, "micro_batch": 1},
-                    {"fast": False}):  # fmt: skip
+    for options in (
+        {},
+        {"stack": 1},
+        {"stack": 2},
+        {"micro_batch": 2},
+        {"stack": 3, "micro_batch": 1},
+        {"fast": False},
+    ):
         losses = measured(TorchEvaluator(model, space, cross_entropy, **options), probes, whole)
         assert torch.allclose(losses, truth, rtol=0, atol=TOLERANCE[torch.float32]), options
 
@@ -112,8 +122,14 @@ def test_on_every_space_the_stack_equals_each_example_alone(
 
 
 @settings(max_examples=25)
-@given(size=st.integers(1, 7), stack=st.none() | st.integers(1, 6), micro=st.none() | st.integers(1, 8),
-       queries=st.integers(1, 3), lanes=st.booleans(), law=st.sampled_from((Gaussian(), Rademacher(), LowRank())))  # fmt: skip
+@given(
+    size=st.integers(1, 7),
+    stack=st.none() | st.integers(1, 6),
+    micro=st.none() | st.integers(1, 8),
+    queries=st.integers(1, 3),
+    lanes=st.booleans(),
+    law=st.sampled_from((Gaussian(), Rademacher(), LowRank())),
+)
 def test_stacks_and_micro_batches_of_any_size_agree(
     size: int, stack: int | None, micro: int | None, queries: int, lanes: bool, law: Perturbation
 ) -> None:
@@ -173,7 +189,7 @@ def test_the_two_sides_of_a_probe_lie_on_opposite_sides_whatever_dropout_says() 
     assert torch.equal(first, second)
 
 
-# ---- check ------------------------------------------------------------------------------------------------
+# ---- check ---------------------------------------------------------------------------
 
 
 class Centred(nn.Module):
@@ -265,6 +281,34 @@ def test_check_falls_back_where_rows_cannot_be_told_apart_or_the_stack_does_not_
         assert torch.allclose(measured(evaluator, pair(), batch(6)), truth, atol=2e-5)
 
 
+class Relative(nn.Module):
+    """Positions relative to each other, looked up as a (T, T) table: its rows are no examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small()
+        self.bias = nn.Embedding(6, 3)
+        nn.init.constant_(self.bias.weight, 0.1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        steps = torch.arange(input_ids.shape[1])
+        table = self.bias((steps.unsqueeze(0) - steps.unsqueeze(1)).abs())
+        out: Tensor = self.inner(input_ids) + 3 * table[0].sum(0)
+        return out
+
+
+@pytest.mark.parametrize("make", [Relative, mixing])
+def test_check_refuses_directions_per_example_where_examples_cannot_be_told_apart(
+    make: Callable[[], nn.Module],
+) -> None:
+    """Six positions and six examples: nothing would raise, and every loss would be wrong."""
+    model = make()
+    space = bound(spaces.get("weights").build(model), 1e-2)
+    evaluator = TorchEvaluator(model, space, cross_entropy)
+    with pytest.raises(StackingError, match="directions='batch'"):
+        evaluator.check(batch(6), [Probe(Key(1), s, True) for s in (1e-2, -1e-2)], Gaussian())
+
+
 def naive_stack(model: nn.Module, space: Space) -> Tensor:
     """Probes one by one over the whole batch, by writing into a copy."""
     rows = []
@@ -301,7 +345,7 @@ def test_a_stack_that_cannot_work_is_an_error_that_says_what_to_do() -> None:
         measured(TorchEvaluator(model, space, cross_entropy), pair(), batch(4))
 
 
-# ---- hooks, objectives, options ---------------------------------------------------------------------------------
+# ---- hooks, objectives, options ------------------------------------------------------
 
 
 def test_adapters_add_their_output_once_under_tuned_layers_too() -> None:
@@ -364,7 +408,7 @@ def test_no_graph_is_kept() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-# ---- plain functions ------------------------------------------------------------------------------------------
+# ---- plain functions -----------------------------------------------------------------
 
 
 def test_a_function_sees_the_values_of_each_probe() -> None:

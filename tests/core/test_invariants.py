@@ -1,4 +1,7 @@
-"""Rules that the numbers depend on, over every space and law. Run: pytest tests/core/test_invariants.py"""
+"""Rules that the numbers depend on, over every space and law.
+
+Run: pytest tests/core/test_invariants.py
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from toys import (
 )
 
 from zotune.core import spaces
+from zotune.core.backprop import Backprop, BackpropTuner
 from zotune.core.block import Block, CodeBlock
 from zotune.core.estimator import Estimator, OneSided, PerExample, TwoSided
 from zotune.core.evaluator import FunctionEvaluator, TorchEvaluator
@@ -45,7 +49,7 @@ def test_every_kind_of_space_is_among_the_cases() -> None:
     assert {name for name in SPACES if any(name in c.space for c in CASES)} == set(SPACES)
 
 
-# ---- nothing to restore -------------------------------------------------------------------------
+# ---- nothing to restore --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,7 +113,7 @@ def test_a_model_evaluated_for_long_gives_its_first_loss_bit_for_bit() -> None:
     assert torch.equal(evaluator.losses(base, batch(4), Gaussian()).per_example, first)
 
 
-# ---- probed direction = update direction -----------------------------------------------------------
+# ---- probed direction = update direction ---------------------------------------------
 
 
 class Spy:
@@ -228,7 +232,7 @@ def test_rows_looked_up_in_an_embedding_are_probed_along_the_update() -> None:
     assert cosine(moved, g[rows]) > 1 - 1e-6
 
 
-# ---- linear truth -----------------------------------------------------------------------------------
+# ---- linear truth --------------------------------------------------------------------
 
 GRADIENTS = {"a": torch.tensor([0.5, -1.0, 2.0]), "b": torch.tensor([[3.0, -0.25], [1.0, 0.0]])}
 QUERIES = 4000
@@ -320,7 +324,7 @@ def test_a_planted_slope_comes_back_through_a_model_of_any_dtype() -> None:
         assert report.estimate.coefficients[0] * u == pytest.approx(0.01, rel=1e-2)
 
 
-# ---- nothing silent -----------------------------------------------------------------------------------
+# ---- nothing silent ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -405,6 +409,22 @@ def test_weight_decay_moves_what_it_should_by_what_it_should() -> None:
     for block in space:
         factor = 0.95 if block.decay else 1.0
         assert torch.allclose(block.value(), factor * before[block.name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_weight_decay_that_would_act_on_nothing_is_an_error(case: Case) -> None:
+    model = case.model()
+    space = case.build(model)
+    evaluator = TorchEvaluator(model, space, cross_entropy)
+    tuners: list[Callable[[], Any]] = [lambda: Tuner(space, Method("m", weight_decay=0.1), seed=0)]
+    if "codes" not in case.space:
+        tuners.append(lambda: BackpropTuner(space, Backprop(weight_decay=0.1), evaluator, 1))
+    for make in tuners:
+        if any(b.decay for b in space):
+            make()
+        else:
+            with pytest.raises(BadInput, match="acts on no block"):
+                make()
 
 
 def test_a_blocks_own_lr_scales_its_weight_decay_too() -> None:

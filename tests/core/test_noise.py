@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_compiled_noise_equals_plain_torch_far_out_in_a_block(law: noise.Law, st
 def test_chunks_concatenate_to_the_whole(law: noise.Law, n: int, cuts: list[int]) -> None:
     edges = [0, *sorted(c for c in cuts if c <= n), n]
     key = Key(1, step=2)
-    parts = [draw(law, key, "w", a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [draw(law, key, "w", a, b) for a, b in pairwise(edges)]
     assert torch.equal(torch.cat(parts), draw(law, key, "w", 0, n))
 
 

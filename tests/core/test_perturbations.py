@@ -1,4 +1,7 @@
-"""Perturbations: one direction, however it is asked for. Run: pytest tests/core/test_perturbations.py"""
+"""Perturbations: one direction, however it is asked for.
+
+Run: pytest tests/core/test_perturbations.py
+"""
 
 from __future__ import annotations
 

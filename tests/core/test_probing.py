@@ -111,8 +111,15 @@ shapes = st.tuples(
 
 
 @settings(max_examples=40)
-@given(probes=probe_lists(), shape=shapes, dtype=dtype_of, law=law_of, first=st.integers(0, 5),
-       tuned=st.sampled_from((("A",), ("B",), ("A", "B"))), scaling=st.sampled_from((1.0, 2.0, 0.3)))  # fmt: skip
+@given(
+    probes=probe_lists(),
+    shape=shapes,
+    dtype=dtype_of,
+    law=law_of,
+    first=st.integers(0, 5),
+    tuned=st.sampled_from((("A",), ("B",), ("A", "B"))),
+    scaling=st.sampled_from((1.0, 2.0, 0.3)),
+)
 def test_low_rank_adapters(
     probes: list[Probe], shape: Any, dtype: torch.dtype, law: Perturbation, first: int,
     tuned: tuple[str, ...], scaling: float,
@@ -129,8 +136,15 @@ def test_low_rank_adapters(
 
 
 @settings(max_examples=40)
-@given(probes=probe_lists(), shape=shapes, dtype=dtype_of, law=law_of, first=st.integers(0, 5),
-       bias=st.booleans(), tuned=st.sampled_from((("weight",), ("weight", "bias"), ("bias",))))  # fmt: skip
+@given(
+    probes=probe_lists(),
+    shape=shapes,
+    dtype=dtype_of,
+    law=law_of,
+    first=st.integers(0, 5),
+    bias=st.booleans(),
+    tuned=st.sampled_from((("weight",), ("weight", "bias"), ("bias",))),
+)
 def test_linear_layers(
     probes: list[Probe], shape: Any, dtype: torch.dtype, law: Perturbation, first: int, bias: bool,
     tuned: tuple[str, ...],
@@ -146,8 +160,15 @@ def test_linear_layers(
 
 
 @settings(max_examples=40)
-@given(probes=probe_lists(), shape=shapes, dtype=dtype_of, law=law_of, mixed=st.booleans(),
-       tuned=st.sampled_from((("weight",), ("weight", "bias"), ("bias",))), bias=st.booleans())  # fmt: skip
+@given(
+    probes=probe_lists(),
+    shape=shapes,
+    dtype=dtype_of,
+    law=law_of,
+    mixed=st.booleans(),
+    tuned=st.sampled_from((("weight",), ("weight", "bias"), ("bias",))),
+    bias=st.booleans(),
+)
 def test_layer_norms(
     probes: list[Probe], shape: Any, dtype: torch.dtype, law: Perturbation, mixed: bool,
     tuned: tuple[str, ...], bias: bool,
@@ -183,12 +204,30 @@ def test_embeddings(
 
 
 @settings(max_examples=60)
-@given(probes=probe_lists(), shape=shapes, dtype=st.sampled_from(tuple(TOLERANCE)[1:]), law=law_of,
-       scheme=st.sampled_from(("int4-channel", "int8-channel", "int8-tensor", "int8-channel-a8",
-                               "int4-channel-a8", "int8-tensor-a8", "int4-g2", "int4-channel-asym",
-                               "int4-g2-a8", "int3-channel")),
-       compute=st.sampled_from((None, torch.bfloat16, torch.float32)), bias=st.booleans(),
-       size=st.sampled_from((1.0, 300.0)), space=st.sampled_from((Scales(), Codes(), Zeros())))  # fmt: skip
+@given(
+    probes=probe_lists(),
+    shape=shapes,
+    dtype=st.sampled_from(tuple(TOLERANCE)[1:]),
+    law=law_of,
+    scheme=st.sampled_from(
+        (
+            "int4-channel",
+            "int8-channel",
+            "int8-tensor",
+            "int8-channel-a8",
+            "int4-channel-a8",
+            "int8-tensor-a8",
+            "int4-g2",
+            "int4-channel-asym",
+            "int4-g2-a8",
+            "int3-channel",
+        )
+    ),
+    compute=st.sampled_from((None, torch.bfloat16, torch.float32)),
+    bias=st.booleans(),
+    size=st.sampled_from((1.0, 300.0)),
+    space=st.sampled_from((Scales(), Codes(), Zeros())),
+)
 def test_quantized_layers(
     probes: list[Probe], shape: Any, dtype: torch.dtype, law: Perturbation, scheme: str,
     compute: torch.dtype | None, bias: bool, size: float, space: Any,
@@ -227,7 +266,7 @@ def test_a_product_with_whole_codes_does_not_overflow_half_precision() -> None:
     assert close(fast(module, blocks, view, x), alone(module, blocks, view, x))
 
 
-# ---- which path is taken -------------------------------------------------------------------------------
+# ---- which path is taken -------------------------------------------------------------
 
 
 def test_the_fast_forwards_are_taken_where_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +330,7 @@ def test_keyword_inputs_reach_a_layer_with_a_fast_forward() -> None:
     assert close(out, alone(module, blocks, view, x))
 
 
-# ---- rows ------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use", [True, False])
@@ -344,7 +383,7 @@ def test_one_probe_alone_takes_any_number_of_rows(use: bool, rows: int) -> None:
     )
 
 
-# ---- sites inside sites -------------------------------------------------------------------------------------
+# ---- sites inside sites --------------------------------------------------------------
 
 
 class Outer(nn.Module):

@@ -9,13 +9,14 @@ import ast
 import inspect
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from toys import Case, batch, cross_entropy, digest, tensors_of
 from torch import nn
+from toys import Case, batch, cross_entropy, digest, tensors_of
 
 from zotune import methods
 from zotune.core import nouns
@@ -99,7 +100,7 @@ def loss_of(model: nn.Module) -> float:
         return float(cross_entropy(model, batch(24))[0].mean())
 
 
-# ---- on every space ----------------------------------------------------------------------------------------
+# ---- on every space ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "space"), PAIRS)
@@ -154,7 +155,7 @@ def test_resuming_in_the_middle_is_bitwise(name: str, space: str) -> None:
     assert digest(resumed) == digest(straight)
 
 
-# ---- on the default space -----------------------------------------------------------------------------------
+# ---- on the default space ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -244,13 +245,13 @@ def test_a_method_is_not_mezo_under_another_name(name: str) -> None:
     assert run(toy(space), ours, range(2)) != run(toy(space), plain, range(2))
 
 
-# ---- the registry -----------------------------------------------------------------------------------------------
+# ---- the registry --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_a_method_is_rebuilt_from_its_repr(name: str) -> None:
     for method in (methods.get(name), learning(name, ENTRIES[name].default_space)):
-        assert eval(repr(method), vars(nouns).copy()) == method
+        assert eval(repr(method), methods.records()) == method
         assert method.name == name
 
 
@@ -307,6 +308,26 @@ def test_a_double_name_fails_loudly() -> None:
 
     with pytest.raises(ZotuneError, match="already a method called 'mezo'"):
         methods.method(paper="p", year=2025, arxiv="", spaces=("weights",), memory="none")(mezo)
+
+
+def test_records_are_the_nouns_and_what_methods_keep_in_their_own_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from zotune.methods import mezo
+
+    assert set(nouns.__all__) <= set(methods.records())
+
+    def in_file(name: str) -> type:
+        made = dataclass(frozen=True)(type(name, (), {"__annotations__": {"b": float}, "b": 0.5}))
+        made.__module__ = mezo.__name__
+        return made
+
+    own = in_file("Momentum")
+    monkeypatch.setattr(mezo, "Momentum", own, raising=False)
+    assert eval("Momentum(b=0.25)", methods.records()) == own(b=0.25)  # type: ignore[call-arg]
+    monkeypatch.setattr(mezo, "Adam", in_file("Adam"), raising=False)
+    with pytest.raises(ZotuneError, match="name of another record"):
+        methods.records()
 
 
 def test_methods_are_found_by_name_and_by_text() -> None:

@@ -1,4 +1,6 @@
-"""Papers restated: a dozen lines of float64 each, against the tuner. Run: pytest tests/methods/test_papers.py
+"""Papers restated: a dozen lines of float64 each, against the tuner.
+
+Run: pytest tests/methods/test_papers.py
 
 The restatements take their directions from the same noise, and write the parameters in place as
 the papers do; only the coefficients, the signs and the updates are theirs.
@@ -14,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from toys import batch, small
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import batch, small
 
 from zotune import methods
 from zotune.core import noise, spaces
@@ -241,7 +243,7 @@ def test_zo_sign_moves_every_weight_by_lr_against_its_estimate() -> None:
         )
 
 
-# ---- QuZO's bias, and that two independent roundings have none ------------------------------------------
+# ---- QuZO's bias, and that two independent roundings have none -----------------------
 
 
 @contextmanager

@@ -226,7 +226,7 @@ def test_layers_in_more_than_one_size_or_none_are_refused_when_saving(tmp_path: 
         save_peft(model, tmp_path, "")
 
 
-# ---- attach, detach, fold -----------------------------------------------------------------------------------
+# ---- attach, detach, fold ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", [None, "int4-g8", "int8-channel-a8"])

@@ -59,6 +59,7 @@ class BackpropTuner:
         if len(blocks) < len(space.blocks):
             raise BadInput("integer codes have no gradient; backprop tunes float spaces only")
         space.bind_(1.0, method.lr, "absolute")
+        space.check_decay(method.weight_decay)
         self.space, self.method, self.evaluator, self.total = space, method, evaluator, total
         self.blocks = blocks
         self.done = self.applied = 0

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 from zotune.core import forwards as _forwards  # registers the fast probed forwards
 from zotune.core.perturbation import Perturbation
+from zotune.core.prefix import sharing, site_free
 from zotune.core.probe import Losses, Probe
-from zotune.core.sites import View, probing, sites_of
+from zotune.core.sites import StackingError, View, probing, sites_of
 from zotune.core.space import Space
 from zotune.errors import BadInput
+from zotune.quant.linear import QuantLinear
 from zotune.tasks.batch import Batch
 
 assert _forwards
+
+CHECKED = 4  # examples that `check` looks at, with one pair of probes
 
 Objective = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 
@@ -70,6 +74,7 @@ class TorchEvaluator(Evaluator):
         self.per_example = per_example
         self.fast = fast
         self.sites = sites_of(space.blocks)
+        self.prefix = site_free(model, self.sites) if fast else []
         self.visited: set[str] = set()
 
     @torch.no_grad()
@@ -102,7 +107,7 @@ class TorchEvaluator(Evaluator):
         stacked = batch.repeat(len(probes))
         rows = max(len(t) for t in stacked.tensors.values())
         view = View(probes, batch.size, perturbation, first, rows)
-        with probing(self.sites, view, self.fast):
+        with probing(self.sites, view, self.fast), sharing(self.prefix, view):
             loss, weight = self.objective(self.model, stacked)
         self.visited |= view.visited
         loss = loss.detach().double().view(len(probes), -1).cpu()
@@ -110,12 +115,24 @@ class TorchEvaluator(Evaluator):
 
     def check(self, batch: Batch, probes: Sequence[Probe], perturbation: Perturbation) -> list[str]:
         """Compare stacked with one-at-a-time evaluation once; stacking is switched off if it is
-        wrong for this model. Returns the names of blocks that no forward used."""
-        wanted, self.stack = self.stack, 1
+        wrong for this model. Returns the names of blocks that no forward used.
+
+        Raises:
+            StackingError: if directions per example are wrong for this model however it is run.
+        """
+        lanes = any(p.per_example for p in probes)
+        probes, batch = probes[:2], batch.select(0, min(batch.size, CHECKED))
+        wanted, micro_batch = self.stack, self.micro_batch
+        self.stack, self.micro_batch = 1, 1 if lanes else micro_batch
         probes, truth = self._apart(batch, probes, perturbation)
-        self.stack = wanted
+        self.stack, self.micro_batch = wanted, micro_batch
         if wanted != 1 and not self._agrees(truth, batch, probes, perturbation):
             self.stack = 1
+        if lanes and self.stack == 1 and not self._agrees(truth, batch, probes, perturbation):
+            raise StackingError(
+                "with a direction per example this model gives other losses than each example "
+                "alone: it mixes the rows of a batch; use directions='batch'"
+            )
         self.forwards = 0
         seen = {
             id(b) for site in self.sites if site.path in self.visited for b in site.blocks.values()
@@ -147,15 +164,25 @@ class TorchEvaluator(Evaluator):
     ) -> bool:
         try:
             stacked = self.losses(probes, batch, perturbation).per_example
-        except Exception:  # one probe at a time has just worked: whatever it is, it is the stack
+        except Exception:  # the truth has just been measured: whatever it is, it is the stack
             return False
-        error = float((stacked - truth).square().mean().sqrt())
-        return error <= 0.1 * _spread(truth) + 1e-6
+        known = truth.isfinite() & stacked.isfinite()  # a loss that is NaN says nothing of rows
+        if not known.any():
+            return True
+        error = float((stacked - truth)[known].square().mean().sqrt())
+        return error <= _rounding(self.model) * _spread(truth) + 1e-6
 
 
 def _spread(losses: Tensor) -> float:
     """How far the losses of (probes, examples) lie from the mean over probes, rms."""
-    return float((losses - losses.mean(0)).square().mean().sqrt())
+    away = losses - losses.mean(0)
+    return float(away[away.isfinite()].square().mean().sqrt()) if away.isfinite().any() else 0.0
+
+
+def _rounding(model: nn.Module) -> float:
+    """How far two ways to compute the same differences of losses may lie apart, as a share."""
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    return 2e-3 if exact and not any(isinstance(m, QuantLinear) for m in model.modules()) else 0.1
 
 
 def _groups(probes: Sequence[Probe], stack: int | None) -> list[Sequence[Probe]]:
@@ -170,6 +197,8 @@ def _groups(probes: Sequence[Probe], stack: int | None) -> list[Sequence[Probe]]
 
 
 class PointObjective(Protocol):
+    """A loss at a point: block values by name, and the batch."""
+
     def __call__(self, values: dict[str, Tensor], batch: Any) -> float: ...
 
 

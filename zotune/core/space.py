@@ -65,6 +65,14 @@ class Space:
         for block in self.blocks:
             block.bind_(eps, lr, units)
 
+    def check_decay(self, weight_decay: float) -> None:
+        """A weight decay that would act on no block is an error."""
+        if weight_decay and not any(b.decay for b in self.blocks):
+            raise BadInput(
+                f"weight_decay={weight_decay} acts on no block of this space: only matrices of "
+                "layers and LoRA factors decay; use weight_decay=0"
+            )
+
     def state(self) -> dict[str, Tensor]:
         return {b.name: b.state() for b in self.blocks}
 

@@ -71,6 +71,7 @@ class Tuner:
         if not 0 <= seed < 1 << 63:
             raise BadInput(f"seed={seed}; want 0 <= seed < 2**63")
         space.bind_(method.estimator.eps, method.lr, method.units)
+        space.check_decay(method.weight_decay)
         self.space, self.method, self.seed = space, method, seed
         self.evaluator, self.record, self.total = evaluator, record, total
         self.done = 0

@@ -19,10 +19,11 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from typing import Any
 
+from zotune.core import nouns
 from zotune.core.backprop import Backprop
 from zotune.core.calls import nearest, split_calls
 from zotune.core.method import Method
@@ -81,6 +82,23 @@ def entries() -> dict[str, Entry]:
     for info in pkgutil.iter_modules(__path__):
         import_module(f"{__name__}.{info.name}")
     return dict(sorted(_ENTRIES.items()))
+
+
+def records() -> dict[str, Any]:
+    """What the repr of a method or a space may name: the core's nouns, and the records that
+    methods keep in their own files. A name that two of them claim is an error.
+
+    >>> eval(repr(get("mezo")), records()) == get("mezo")
+    True
+    """
+    found = {name: getattr(nouns, name) for name in nouns.__all__}
+    for known in entries().values():
+        module = import_module(known.factory.__module__)
+        for name, kind in vars(module).items():
+            own = isinstance(kind, type) and kind.__module__ == module.__name__
+            if own and is_dataclass(kind) and found.setdefault(name, kind) is not kind:
+                raise ZotuneError(f"{module.__name__}.{name} has the name of another record")
+    return found
 
 
 def entry(name: str) -> Entry:

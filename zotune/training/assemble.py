@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from zotune.methods import AnyMethod
 from zotune.models import Loaded, fingerprint
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
-from zotune.training.batches import Batches
+from zotune.training.batches import Batches, spread
 from zotune.training.config import TrainConfig
 from zotune.training.folders import all_tensors
 from zotune.training.header import check_base, rebuild_space
@@ -30,7 +30,8 @@ OBSERVED = 256  # training examples that a space may look at before it is built
 
 @dataclass
 class Bench:
-    """A run, assembled. `base` is the fingerprint of the model before anything was added to it."""
+    """A run, assembled. `base` is the fingerprint of the model before anything was added to it,
+    `before` what the task measured then."""
 
     config: TrainConfig
     loaded: Loaded
@@ -43,6 +44,7 @@ class Bench:
     tuner: Tuner | BackpropTuner
     batches: Batches
     added: dict[str, Tensor]
+    before: dict[str, float]
 
     @property
     def space(self) -> Space:
@@ -78,9 +80,11 @@ def assemble(
     prepared = task.prepare(loaded)
     batches = Batches(task, train_split(task), config.per_device_train_batch_size, config.seed)
     if journal is None:
+        before = measure(config, task, prepared, final_split(task))
         space = spec.build(prepared, _observer(task, batches, config))
         _say_space(space)
     else:
+        before = journal.header["before"]
         space = rebuild_space(prepared, spec, journal)
     added = {
         name: tensor.detach().clone()
@@ -94,8 +98,24 @@ def assemble(
         tuner = _checked(config, task, tuner, batches)
         evaluator = tuner.evaluator  # type: ignore[assignment]
     return Bench(
-        config, loaded, base, task, prepared, method, spec, evaluator, tuner, batches, added
+        config, loaded, base, task, prepared, method, spec, evaluator, tuner, batches, added, before
     )
+
+
+def measure(config: TrainConfig, task: Task, model: nn.Module, split: str) -> dict[str, float]:
+    """The task's numbers on a split, or on `max_eval_samples` of it."""
+    chosen = spread(task.split(split), config.max_eval_samples)
+    return task.evaluate(model, chosen, config.per_device_eval_batch_size)
+
+
+def final_split(task: Task) -> str:
+    """Where the numbers before and after training are measured."""
+    return first_split(task, ("test", "dev", "train"))
+
+
+def first_split(task: Task, names: Sequence[str]) -> str:
+    """The first of `names` that the task has."""
+    return next(name for name in names if name in task.splits)
 
 
 def make_evaluator(

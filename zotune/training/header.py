@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ def header_of(bench: Bench) -> dict[str, Any]:
         "total": bench.config.max_steps,
         "coefficients": bench.coefficients,
         "base": bench.base,
+        "before": {k: v for k, v in bench.before.items() if math.isfinite(v)},
         "kind": bench.loaded.kind,
         "labels": list(bench.model.labels) if wrapped else None,  # type: ignore[union-attr,arg-type]
         "adapters": {p: a.scaling for p, _, a in adapters(bench.model)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from zotune.core import nouns
 from zotune.core.backprop import Backprop
 from zotune.core.method import Method
 from zotune.core.space import SpaceSpec
 from zotune.core.step import Tuner
 from zotune.errors import BadInput, JournalError
+from zotune.methods import records
 from zotune.models import Loaded, PooledClassifier, fingerprint
 from zotune.training.folders import (
     from_module,
@@ -152,7 +152,7 @@ def _wrapped(loaded: Loaded, journal: Journal) -> nn.Module:
 
 
 def read_record(text: str, kind: Any) -> Any:
-    """A frozen record from its repr: names of `zotune.core.nouns` and literals, nothing else runs.
+    """A frozen record from its repr: names of `methods.records()` and literals, nothing else runs.
 
     >>> read_record("SGD()", object)
     SGD()
@@ -170,10 +170,10 @@ def read_record(text: str, kind: Any) -> Any:
 
 def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-        kind = getattr(nouns, node.func.id) if node.func.id in nouns.__all__ else None
-        if not dataclasses.is_dataclass(kind):
+        kind = records().get(node.func.id)
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             raise ValueError(f"unknown record {node.func.id}")
-        return kind(**{str(k.arg): _value(k.value) for k in node.keywords})  # type: ignore[operator]
+        return kind(**{str(k.arg): _value(k.value) for k in node.keywords})
     if isinstance(node, ast.Tuple):
         return tuple(map(_value, node.elts))
     if isinstance(node, ast.Name) and node.id in ("inf", "nan"):

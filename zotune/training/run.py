@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
 
 from zotune.core.estimator import Estimate
 from zotune.core.step import StepReport, Tuner
 from zotune.errors import ZotuneError
-from zotune.tasks.task import Example, Task
 from zotune.training import report, snapshots
-from zotune.training.assemble import Bench
-from zotune.training.batches import spread
+from zotune.training.assemble import Bench, final_split, first_split, measure
 from zotune.training.callbacks import Hooks
 from zotune.training.folders import round_to_storage_, write_model
 from zotune.training.interrupts import Interrupts
@@ -55,7 +52,7 @@ class Run:
         if self.config.load_best_model_at_end:
             self._load_best()
         round_to_storage_(self.bench.model)
-        after = self._evaluate(self._final_split())
+        after = self._evaluate(final_split(self.bench.task))
         result = self._result(before, after, peak)
         write_model(self.bench.model, self.out / "model", self.bench.loaded)
         self.writer.finish(result.kept)
@@ -112,7 +109,7 @@ class Run:
         done, config = self.tuner.done, self.config
         due = config.eval_steps and done and done % config.eval_steps == 0
         if (due or self.hooks.wants("evaluate")) and not self.metrics.evaluated(done):
-            self._note(self._evaluate(self._choice_split()))
+            self._note(self._evaluate(first_split(self.bench.task, ("dev", "test", "train"))))
         due = config.save_steps and done and done % config.save_steps == 0
         if due or self.hooks.wants("save"):
             self._save()
@@ -170,32 +167,15 @@ class Run:
     def _epoch(self) -> float:
         return self.tuner.done * self.bench.batches.size / len(self.bench.batches.examples)
 
-    def _evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
-        chosen = spread(examples, self.config.max_eval_samples)
-        size = self.config.per_device_eval_batch_size
-        return self.bench.task.evaluate(self.bench.model, chosen, size)
-
-    def _choice_split(self) -> Sequence[Example]:
-        return self.bench.task.split(_first(self.bench.task, ("dev", "test", "train")))
-
-    def _final_split(self) -> Sequence[Example]:
-        return self.bench.task.split(self._final)
-
-    @property
-    def _final(self) -> str:
-        return _first(self.bench.task, ("test", "dev", "train"))
+    def _evaluate(self, split: str) -> dict[str, float]:
+        return measure(self.config, self.bench.task, self.bench.model, split)
 
     def _before(self) -> dict[str, float]:
-        """Measured once, by the process that began the run."""
-        for row in self.metrics.rows:
-            if "before" in row:
-                return dict(row["before"])
-        if self.tuner.done:
-            log.warning("metrics.jsonl lost the numbers before training; the result has none")
-            return {}
-        numbers = self._evaluate(self._final_split())
-        self.metrics.add({"step": 0, "before": numbers})
-        log.info("before: %s", "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+        """What was measured before anything was added to the model; said once."""
+        numbers = self.bench.before
+        if not any("before" in row for row in self.metrics.rows):
+            self.metrics.add({"step": 0, "before": numbers})
+            log.info("before: %s", "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
         return numbers
 
     def _best_so_far(self) -> tuple[float | None, int | None]:
@@ -219,7 +199,7 @@ class Run:
             after=after[metric],
             metric=metric,
             higher_is_better=bench.task.higher_is_better,
-            split=self._final,
+            split=final_split(self.bench.task),
             steps=steps,
             applied=self.tuner.applied,
             kept=self.tuner.done,
@@ -242,7 +222,3 @@ class Run:
 
     def close(self) -> None:
         self.metrics.close()
-
-
-def _first(task: Task, names: Sequence[str]) -> str:
-    return next(name for name in names if name in task.splits)

@@ -36,6 +36,8 @@ class Head(SpaceSpec):
     def __post_init__(self) -> None:
         if self.basis not in (None, "classes"):
             raise BadInput(f"basis={self.basis!r}; want 'classes', or none for the whole head")
+        if self.project and self.basis is None:
+            raise BadInput("project=True needs a basis to project on; use basis='classes'")
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
         inside = heads(model)
@@ -67,7 +69,9 @@ class Head(SpaceSpec):
         finally:
             handle.remove()
         a = seen.basis(path)
-        start = seen.fit(layer.weight, a) if self.project else torch.zeros(len(a), len(a))
+        start = (
+            seen.fit(layer.weight, a) if self.project else torch.zeros(layer.out_features, len(a))
+        )
         adapter = LowRank(a, start).to(layer.weight.device)
         attach(layer, adapter)
         return adapter, seen.unit(layer.weight)
@@ -129,7 +133,7 @@ class _Classes:
         across = centre / centre.norm().clamp_min(1e-30)
         rows = torch.linalg.solve(within, (means - centre).mT).mT
         rows = rows - (rows @ across).unsqueeze(1) * across  # A maps the mean input to zero
-        rows = torch.linalg.svd(rows, full_matrices=False).Vh[: self.classes - 1]
+        rows = torch.linalg.svd(rows, full_matrices=False).Vh[: min(self.classes, x.shape[1]) - 1]
         signs = torch.gather(rows, 1, rows.abs().argmax(1, keepdim=True)).sign()
         rows = torch.cat([rows * signs, across.unsqueeze(0)])
         spread = (x @ rows.mT).square().mean(0).sqrt().clamp_min(1e-30)

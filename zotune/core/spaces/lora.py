@@ -73,4 +73,5 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
 
 
 def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's tensors lie."""
     return next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))

@@ -68,6 +68,7 @@ def _decays(owners: tuple[Owner, ...]) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises, told by its class (LayerNorm, LlamaRMSNorm, BatchNorm1d...)."""
     return "norm" in type(module).__name__.lower()
 
 
