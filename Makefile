@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
+export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test check bench clean
 

@@ -35,7 +35,7 @@ OF_THE_METHOD = ("learning_rate", "eps", "queries", "directions", "units", "lr_s
 """Keys of the demo that belong to its method; a baseline has its own."""
 
 BASELINES: dict[str, dict[str, Any]] = {
-    "AdamW, all weights, fp32": {"method": "adamw(lr=5e-5)", "space": "weights", "scheme": None},
+    "AdamW, all weights, fp32": {"method": "adamw(lr=1e-4)", "space": "weights", "scheme": None},
     "LoRA and head, int4 base": {"method": "lora(lr=1e-3)", "space": "lora+head"},
     "AdamW, the demo's own space": {"method": "adamw(lr=1e-3)"},
 }

@@ -63,6 +63,7 @@ def test_the_rows_of_a_basis_are_orthonormal(
     assert a.shape == (rank, width)
     assert torch.allclose(a @ a.mT, torch.eye(rank), rtol=0, atol=1e-5)
     assert block.shape == (outputs, rank)
+    assert 0 < block.unit < float("inf")
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
@@ -91,7 +92,7 @@ def test_the_unit_is_output_std_over_coefficient_rms() -> None:
     x = inputs[0]
     with torch.no_grad():
         y = nn.functional.linear(x, layer.weight, layer.bias)
-        wanted = float(y.std() / (x @ basis_of(layer).mT).square().mean().sqrt())
+        wanted = float(y.std(correction=0) / (x @ basis_of(layer).mT).square().mean().sqrt())
     assert block.unit == pytest.approx(wanted, rel=1e-4)
     # So eps counts in the layer's own output: a probe moves it by about eps x its std.
     block.bind_(0.1, 1.0, "relative")
@@ -180,7 +181,7 @@ def test_a_head_on_a_basis_takes_any_number_of_labels(
         head.weight.copy_(torch.randn(labels, width, generator=generator))
     model = nn.Sequential()
     model.head = head  # type: ignore[assignment]
-    plain = head(x)
+    plain = head(x).detach()
 
     def look(model: nn.Module, after: Any = None, examples: Any = None) -> None:
         model(x)
@@ -197,7 +198,7 @@ def test_a_head_on_a_basis_takes_any_number_of_labels(
     if not project:
         assert torch.equal(model(x), plain)
     else:  # least squares: what is left of the logits is orthogonal to every direction
-        left = plain - head.bias - (model(x) - head.bias)
+        left = (plain - model(x)).detach()
         assert float(((x @ a.mT).mT @ left).abs().max()) < 1e-2 * len(x)
 
 

@@ -76,7 +76,14 @@ def _stacked(value: Any, rows: int) -> bool:
 
 
 def _copied(inputs: Any, rows: int, copies: int) -> bool:
-    """Whether the inputs are `copies` equal parts of a whole stacked batch."""
-    values = [v for v in pytree.tree_leaves(inputs) if _stacked(v, rows)]
-    parts = [v.view(copies, rows // copies, *v.shape[1:]) for v in values if v.is_contiguous()]
+    """Whether the inputs are `copies` equal parts of a whole stacked batch, and nothing else in
+    them could be taken for rows: heads folded into the batch, or as many tokens as examples."""
+    first = rows // copies
+    tensors = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor) and v.dim()]
+    values = [v for v in tensors if len(v) == rows]
+    if any(len(v) > rows and len(v) % rows == 0 for v in tensors):
+        return False
+    if first > 1 and any(first in v.shape[1:] for v in values):
+        return False
+    parts = [v.reshape(copies, first, *v.shape[1:]) for v in values]
     return bool(parts) and all(bool((p == p[:1]).all()) for p in parts)

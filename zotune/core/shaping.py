@@ -25,6 +25,7 @@ class Clip(Shaping):
     Not unbiased, whatever the paper's Theorem 1 says: for Gaussian u, E[clip(c) u] =
     erf(limit / (sqrt 2 ||g||)) g, a pure shrink of the step.
 
+    >>> import torch
     >>> Clip(1.0)(torch.tensor([0.5, -3.0])).tolist()
     [0.5, -1.0]
     """

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class Site:
     path: str
     module: nn.Module
     blocks: dict[str, Block]
-    forward: Callable[..., Any]
+    forward: Callable[..., Any] | None = None  # the module's own, or a wrapper's around it
 
     @contextmanager
     def holding(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -130,8 +131,9 @@ class Site:
 
     def call(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The module's own forward at these values (hooks do not run twice)."""
+        own = self.forward or partial(type(self.module).forward, self.module)
         with self.holding(values):
-            return self.forward(*args, **kwargs)
+            return own(*args, **kwargs)
 
 
 def sites_of(blocks: Sequence[Block]) -> list[Site]:

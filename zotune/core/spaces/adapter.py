@@ -91,7 +91,7 @@ class _Gain:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach().float().flatten(0, -2).cpu()
-        self.output += float(output.detach().float().std()) ** 2 * x.shape[0]
+        self.output += float(output.detach().float().std(correction=0)) ** 2 * x.shape[0]
         self.coefficient += float((x @ self.basis.mT).square().mean()) * x.shape[0]
 
     @property
@@ -124,7 +124,7 @@ class _Watch:
         self.sketch = self.sketch @ v.mT
         self.rows = s.unsqueeze(1) * self.sketch.mT
         self.seen += x.shape[0]
-        self.output += float(y.std()) ** 2 * x.shape[0]
+        self.output += float(y.std(correction=0)) ** 2 * x.shape[0]
         self.coefficient += float((x @ self.basis.mT).square().mean()) * x.shape[0]
 
     @property
