@@ -22,7 +22,7 @@ from zotune.core.probe import Losses
 from zotune.core.shaping import Clip, Shaping, Sign, Standardize
 from zotune.errors import BadInput
 
-D, DRAWS = 50, 400_000
+D, DRAWS = 50, 200_000
 ALL: list[Estimator] = [k(0.1, q) for k in (TwoSided, OneSided, PerExample) for q in (1, 2, 5)]
 
 

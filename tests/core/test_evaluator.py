@@ -262,23 +262,23 @@ def test_check_falls_back_where_rows_cannot_be_told_apart_or_the_stack_does_not_
             return out
 
     class Fixed(nn.Module):
-        """Believes that a batch has six rows."""
+        """Believes that a batch has four rows."""
 
         def __init__(self) -> None:
             super().__init__()
             self.inner = small()
 
         def forward(self, input_ids: Tensor) -> Tensor:
-            out: Tensor = self.inner(input_ids.view(6, -1)[:, :6])
-            return out + torch.zeros(6, 1)
+            out: Tensor = self.inner(input_ids.view(4, -1)[:, :6])
+            return out + torch.zeros(4, 1)
 
     for model in (Table(), Fixed()):
         space = bound(spaces.get("weights").build(model), 1e-2)
         evaluator = TorchEvaluator(model, space, cross_entropy)
-        evaluator.check(batch(6), [Probe(Key(1), s) for s in (1e-2, -1e-2)], Gaussian())
+        evaluator.check(batch(4), [Probe(Key(1), s) for s in (1e-2, -1e-2)], Gaussian())
         assert evaluator.stack == 1
         truth = naive_stack(model, space)
-        assert torch.allclose(measured(evaluator, pair(), batch(6)), truth, atol=2e-5)
+        assert torch.allclose(measured(evaluator, pair(), batch(4)), truth, atol=2e-5)
 
 
 class Relative(nn.Module):
@@ -318,7 +318,7 @@ def naive_stack(model: nn.Module, space: Space) -> Tensor:
             value = block.at(Gaussian().draw(probe.key, block), probe.step)
             one.get_parameter(block.name).data = value if probe.step else block.value()
         with torch.no_grad():
-            rows.append(cross_entropy(one, batch(6))[0].double())
+            rows.append(cross_entropy(one, batch(4))[0].double())
     return torch.stack(rows)
 
 

@@ -235,7 +235,7 @@ def test_rows_looked_up_in_an_embedding_are_probed_along_the_update() -> None:
 # ---- linear truth --------------------------------------------------------------------
 
 GRADIENTS = {"a": torch.tensor([0.5, -1.0, 2.0]), "b": torch.tensor([[3.0, -0.25], [1.0, 0.0]])}
-QUERIES = 4000
+QUERIES = 1200
 
 
 def linear(values: dict[str, Tensor], _: Any) -> float:

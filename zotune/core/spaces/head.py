@@ -15,7 +15,7 @@ from zotune.errors import BadInput
 from zotune.models.adapter import CHILD, LowRank, attach
 
 SHRINKAGE = 0.3  # share of the mean variance added to the covariance within classes
-CLASS_EXAMPLES = 1024  # training examples that the directions are measured on, at most
+CLASS_EXAMPLES = 4096  # training examples that the directions are measured on, at most
 
 
 @dataclass(frozen=True)
