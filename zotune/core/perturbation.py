@@ -204,7 +204,7 @@ class Grid(Perturbation):
         low, high, shape = _span(block, start, stop)
         u = noise.draw("uniform", key, block.name, low, high, block.device).view(shape)
         most = grid_steps(self.radius, self.relative, block, start, stop or block.rows)
-        whole = ((u * 0.5 + 0.5) * (2 * most + 1)).floor_() - most
+        whole = u.mul_(0.5).add_(0.5).mul_(2 * most + 1).floor_().sub_(most)  # in place: u is fresh
         if self.density < 1:
             chance = noise.draw("uniform", key, f"{block.name}#mask", low, high, block.device)
             whole *= (chance * 0.5 + 0.5 < self.density).view(shape)
