@@ -233,13 +233,6 @@ def test_a_master_and_its_sixteen_bit_tensor_are_restored_together() -> None:
     assert torch.equal(other.state(), state)
 
 
-def test_rounding_to_the_stored_dtype_makes_memory_and_file_agree() -> None:
-    block = float_block("w", 9, fill=0.1)
-    block.round_(torch.bfloat16)
-    assert torch.equal(block.value(), torch.full((9,), 0.1).bfloat16().float())
-    assert torch.equal(block.state(), block.value())
-
-
 def test_reach_and_stride_follow_unit_eps_and_lr() -> None:
     def bound(units: str, **options: float) -> Block:
         block = float_block("w", 2, unit=3.0, **options)

@@ -109,6 +109,5 @@ def test_it_passes_the_matrix(folder: Path) -> None:
     assert int(passed[1]) >= 20, said
 
 
-@pytest.mark.xfail(reason="core.nouns does not know the records of methods' own files yet")
 def test_its_record_is_rebuilt_from_its_repr(folder: Path) -> None:
     assert "1 passed" in run_matrix(folder, "rebuilt_from_its_repr")

@@ -37,7 +37,9 @@ def test_ranges_cover_everything_once(n: int, grain: int, threads: int) -> None:
 @pytest.mark.usefixtures("four_threads")
 def test_work_is_shared_between_threads() -> None:
     barrier = threading.Barrier(4, timeout=30)
-    parallel_ranges(lambda start, stop: barrier.wait(), 4, 1)
+    arrived: list[int] = []
+    parallel_ranges(lambda start, stop: arrived.append(barrier.wait()), 4, 1)
+    assert sorted(arrived) == [0, 1, 2, 3]
 
 
 @pytest.mark.usefixtures("four_threads")

@@ -187,11 +187,6 @@ class FloatBlock(Block):
     def decay_(self, factor: float, key: Key) -> None:
         self.move_(0, self.rows, factor * _wide(self.master), key)
 
-    def round_(self, dtype: torch.dtype) -> None:
-        """Round to the dtype that a file stores, so that memory and file agree."""
-        self.master.copy_(self.master.to(dtype).to(self.master.dtype))
-        self.tensor.detach().copy_(self.master)
-
     def state(self) -> Tensor:
         return self.master
 

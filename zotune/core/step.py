@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.core.block import Block
+from zotune.core.block import Block, part
 from zotune.core.estimator import Estimate
 from zotune.core.evaluator import Evaluator
 from zotune.core.method import Method
@@ -165,7 +165,5 @@ class Tuner:
 
 
 def _scaled(step: Tensor, stride: Tensor | float, start: int, stop: int, block: Block) -> Tensor:
-    from zotune.core.block import part
-
     stride = part(stride, start, stop, block.rows)
     return step if isinstance(stride, float) and stride == 1.0 else step.mul_(stride)

@@ -44,6 +44,11 @@ class LowRank(nn.Module):
         return F.linear(hidden, self.scaling * self.B.to(x.dtype))
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's tensors lie; the CPU if it has none."""
+    return next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
+
+
 def attach(layer: nn.Module, adapter: LowRank) -> None:
     """Add the adapter's output to the layer's from now on; a second adapter is an error."""
     if hasattr(layer, CHILD):
@@ -124,7 +129,7 @@ def save_peft(model: nn.Module, folder: Path, base: str, prefix: str = "") -> No
         "peft_type": "LORA", "base_model_name_or_path": base, "r": rank,
         "lora_alpha": rank * scaling, "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted(names), "task_type": None, "inference_mode": True,
-        "fan_in_fan_out": any(type(layer).__name__ == "Conv1D" for _, layer, _ in found),
+        "fan_in_fan_out": any(is_conv1d(layer) for _, layer, _ in found),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -160,8 +165,7 @@ def load_peft(model: nn.Module, folder: Path, prefix: str = "") -> None:
         scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
         found.append((layer, LowRank(*factors, scaling)))  # type: ignore[arg-type]
     for layer, adapter in found:
-        device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
-        attach(layer, adapter.to(device))
+        attach(layer, adapter.to(device_of(layer)))
 
 
 def _read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from zotune.core.space import Space, SpaceSpec
 from zotune.core.spaces.lora import sizes
 from zotune.errors import JournalError
 from zotune.models import PooledClassifier
-from zotune.models.adapter import CHILD, LowRank, adapters, attach
+from zotune.models.adapter import CHILD, LowRank, adapters, attach, device_of
 from zotune.tasks.data import fingerprint as data_fingerprint
 from zotune.training.batches import spread
 from zotune.training.journal import Journal
@@ -110,8 +110,7 @@ def place_added_(model: nn.Module, header: dict[str, Any], attached: Mapping[str
             )
         b = held.pop(f"{path}.{CHILD}.B", None)
         zeros = a.new_zeros(sizes(layer)[1], a.shape[0])
-        device = next((t.device for t in (*layer.parameters(), *layer.buffers())), a.device)
-        attach(layer, LowRank(a, zeros if b is None else b, scaling).to(device))
+        attach(layer, LowRank(a, zeros if b is None else b, scaling).to(device_of(layer)))
     own = model.state_dict()
     for name, tensor in held.items():
         if name not in own or own[name].shape != tensor.shape:

@@ -21,10 +21,10 @@ from zotune.core import noise
 from zotune.core.block import FloatBlock, Owner
 from zotune.core.noise import Key
 from zotune.core.space import Observe, Space, SpaceSpec, matching
-from zotune.core.spaces.lora import device_of, sizes
+from zotune.core.spaces.lora import sizes
 from zotune.core.spaces.parameters import body_adapters, heads
 from zotune.errors import BadInput
-from zotune.models.adapter import CHILD, LowRank, attach
+from zotune.models.adapter import CHILD, LowRank, attach, device_of
 from zotune.models.linears import linears
 
 _SKETCH = 8  # directions kept beyond the rank while batches stream by

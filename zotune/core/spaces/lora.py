@@ -13,7 +13,7 @@ from zotune.core.noise import Key
 from zotune.core.space import Observe, Space, SpaceSpec, matching
 from zotune.core.spaces.parameters import body_adapters, heads, rms
 from zotune.errors import BadInput
-from zotune.models.adapter import CHILD, LowRank, attach
+from zotune.models.adapter import CHILD, LowRank, attach, device_of
 from zotune.models.linears import linears
 
 ATTENTION = r"(^|\.)(q|v|c_attn|query|value)(_proj|_lin)?$"
@@ -70,8 +70,3 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
     if hasattr(layer, "in_features"):
         return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
     return int(layer.nx), int(layer.nf)  # type: ignore[arg-type]
-
-
-def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer's tensors lie."""
-    return next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))

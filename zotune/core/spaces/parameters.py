@@ -11,6 +11,7 @@ from zotune.core.block import FloatBlock, Owner
 from zotune.core.space import Observe, Space, SpaceSpec, matching, owners_of
 from zotune.errors import BadInput
 from zotune.models.adapter import CHILD, LowRank, adapters
+from zotune.quant.linear import is_conv1d
 
 _DECAYED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
 _ZERO_UNIT = 0.02  # unit of a block that is all zeros: the usual std of initial weights
@@ -62,7 +63,7 @@ def rms(tensor: Tensor) -> float:
 
 def _decays(owners: tuple[Owner, ...]) -> bool:
     """Weight decay is for matrices of layers, told by module type, never by name."""
-    conv1d = any(type(o.module).__name__ == "Conv1D" for o in owners)
+    conv1d = any(is_conv1d(o.module) for o in owners)
     typed = any(isinstance(o.module, _DECAYED) for o in owners)
     return (typed or conv1d) and all(o.attribute == "weight" for o in owners)
 
