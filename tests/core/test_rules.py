@@ -26,7 +26,7 @@ def grads(count: int, seed: int = 0) -> list[Tensor]:
 
 def stepped(rule: Rule, gs: list[Tensor], lr: float = 0.1) -> list[Tensor]:
     """The step of each t, with the gradients of the past on demand."""
-    state, steps = rule.state(BLOCK), []
+    state, steps = rule.state(BLOCK, BLOCK.shape), []
     for t in range(1, len(gs) + 1):
         past: Callable[[int], Tensor] = lambda k, t=t: gs[t - 1 - k].clone()  # noqa: E731
         steps.append(rule.step(past, state, t, lr, BLOCK, 0))
@@ -93,7 +93,7 @@ def test_adam_takes_gradients_of_zero_and_refuses_impossible_settings() -> None:
 def test_the_window_is_what_a_rule_wants_to_see() -> None:
     assert SGD().window == SignSGD().window == Adam().window == 1
     assert Adam(moments="rebuilt", history=9).window == 9
-    assert Adam(moments="rebuilt").state(BLOCK) == {}
+    assert Adam(moments="rebuilt").state(BLOCK, BLOCK.shape) == {}
 
 
 @given(lr=st.floats(0.01, 9.99))

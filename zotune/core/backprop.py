@@ -6,17 +6,19 @@ can show what a gradient would have bought, and what it costs in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zotune.core.block import FloatBlock
 from zotune.core.evaluator import TorchEvaluator
+from zotune.core.exact import frozen
 from zotune.core.method import Schedule
+from zotune.core.sites import sites_of
 from zotune.core.space import Space
 from zotune.core.step import StepReport
 from zotune.errors import BadInput
@@ -61,7 +63,7 @@ class BackpropTuner:
         space.bind_(1.0, method.lr, "absolute")
         space.check_decay(method.weight_decay)
         self.space, self.method, self.evaluator, self.total = space, method, evaluator, total
-        self.blocks = blocks
+        self.blocks, self.sites = blocks, sites_of(blocks)
         self.done = self.applied = 0
         # At least float32, so that no small step is lost; 16-bit weights get the rounded values.
         self.leaves = {
@@ -125,8 +127,8 @@ class BackpropTuner:
     def _held(self) -> ExitStack:
         """Every site holding its leaves: the model's own tensors need no gradient."""
         stack = ExitStack()
-        stack.enter_context(_frozen(self.evaluator.model))
-        for site in self.evaluator.sites:
+        stack.enter_context(frozen(self.evaluator.model))
+        for site in self.sites:
             values = {
                 attribute: self.leaves[block.name].to(block.value().dtype)
                 for attribute, block in site.blocks.items()
@@ -160,16 +162,3 @@ class BackpropTuner:
                 self.optimizer.state[leaf] = state
         self._write_back()
         self.done, self.applied = done, applied
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model asks for a gradient: what is not tuned costs no memory."""
-    asking = [p for p in model.parameters() if p.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_()

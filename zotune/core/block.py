@@ -44,7 +44,9 @@ class Block(ABC):
     """One named tensor of a space.
 
     `eps` and `lr` override the method's for this block. After `bind_`, a probe sees
-    theta + step * reach * u and an update moves theta by -stride * rule(g).
+    theta + step * reach * u and an update moves theta by -stride * rule(g). `exact`
+    blocks are not probed: forward passes give their gradient (a head's). `memory` is what the
+    method's perturbation keeps of this block (a curvature, an anchor); most keep nothing.
     """
 
     name: str
@@ -55,10 +57,12 @@ class Block(ABC):
     eps: float | None = None
     lr: float | None = None
     decay: bool = False
+    exact: bool = False
     reach: Tensor | float = field(default=1.0, init=False)
     stride: Tensor | float = field(default=1.0, init=False)
     eps_ratio: float = field(default=1.0, init=False)
     lr_ratio: float = field(default=1.0, init=False)
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     @property
     def numel(self) -> int:

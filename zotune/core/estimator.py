@@ -7,7 +7,8 @@ tell(key, losses)   -> Estimate, with g = mean_k coefficients[k] * u(keys[k])
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,18 +24,30 @@ class Estimate:
     """The currency: g = mean_k coefficients[k] u(keys[k]), never a tensor until a block wants it.
 
     coefficients: float64, one per key. loss: mean of the losses seen, for display only.
+    extras: further numbers that what comes after needs (a curvature). signal: how far the
+    coefficients stand out of the noise between the batch's examples, None where that cannot be
+    told; for display only. exact: gradients that the forward passes gave exactly, by block.
     """
 
     key: Key
     keys: tuple[Key, ...]
     coefficients: tuple[float, ...]
     loss: float
+    extras: tuple[float, ...] = ()
+    signal: float | None = None
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scalars(self) -> tuple[float, ...]:
+        """What a journal keeps; `Estimator.rebuild` makes the estimate of them again."""
+        return (*self.coefficients, *self.extras)
 
     @property
     def finite(self) -> bool:
         """Whether every number is finite in float32, in which steps are taken."""
-        values = torch.tensor((*self.coefficients, self.loss), dtype=torch.float32)
-        return bool(values.isfinite().all())
+        values = torch.tensor((*self.scalars, self.loss), dtype=torch.float32)
+        exact = (bool(g.isfinite().all()) for g in self.exact.values())
+        return bool(values.isfinite().all()) and all(exact)
 
 
 @dataclass(frozen=True)
@@ -63,13 +76,42 @@ class Estimator(ABC):
     def tell(self, key: Key, losses: Losses) -> Estimate:
         """The estimate from the losses of the probes that `ask(key)` gave, in their order."""
 
+    def count(self, examples: int) -> int:
+        """How many scalars a step over so many examples leaves in the journal."""
+        return self.queries
+
     def keys(self, key: Key, count: int) -> tuple[Key, ...]:
-        """The keys of `count` coefficients: what a journal needs to rebuild an estimate."""
+        """The keys of `count` coefficients."""
         return tuple(key.fold(query=j) for j in range(count))
 
-    def _estimate(self, key: Key, coefficients: Tensor, loss: Tensor) -> Estimate:
-        flat = tuple(coefficients.flatten().tolist())
-        return Estimate(key, self.keys(key, len(flat)), flat, float(loss))
+    def rebuild(self, key: Key, scalars: Sequence[float], loss: float) -> Estimate:
+        """The estimate whose `scalars` these are: what a journal is replayed from."""
+        return Estimate(key, self.keys(key, len(scalars)), tuple(scalars), loss)
+
+    def _estimate(
+        self, key: Key, coefficients: Tensor, loss: Tensor, signal: float | None = None
+    ) -> Estimate:
+        flat = coefficients.flatten().tolist()
+        return replace(self.rebuild(key, flat, float(loss)), signal=signal)
+
+
+def signal(differences: Tensor, weights: Tensor) -> float | None:
+    """Signal-to-noise of coefficients: (mean / standard error)^2 over the batch's examples, mean
+    over queries, less the 1 that pure noise gives; None for a single example.
+
+    differences: (queries, examples), l+ - l- of each; weights: (examples,), summing to 1.
+
+    >>> even = torch.full((4,), 0.25, dtype=torch.float64)
+    >>> signal(torch.tensor([[1.0, 1.1, 0.9, 1.0]], dtype=torch.float64), even) > 100
+    True
+    """
+    if len(weights) < 2:
+        return None
+    mean = differences @ weights
+    spread = (differences - mean.unsqueeze(1)).square() @ weights.square()
+    error = spread * len(weights) / (len(weights) - 1)
+    known = error > 0
+    return float((mean[known].square() / error[known]).mean()) - 1 if bool(known.any()) else None
 
 
 @dataclass(frozen=True)
@@ -93,7 +135,13 @@ class TwoSided(Estimator):
 
     def tell(self, key: Key, losses: Losses) -> Estimate:
         pairs = losses.mean.view(self.queries, 2)
-        return self._estimate(key, (pairs[:, 0] - pairs[:, 1]) / (2 * self.eps), pairs.mean())
+        each = losses.per_example.view(self.queries, 2, -1)
+        return self._estimate(
+            key,
+            (pairs[:, 0] - pairs[:, 1]) / (2 * self.eps),
+            pairs.mean(),
+            signal(each[:, 0] - each[:, 1], losses.weights),
+        )
 
 
 @dataclass(frozen=True)
@@ -113,8 +161,13 @@ class OneSided(Estimator):
         return [Probe(keys[0], 0.0), *(Probe(k, self.eps) for k in keys)]
 
     def tell(self, key: Key, losses: Losses) -> Estimate:
-        values = losses.mean
-        return self._estimate(key, (values[1:] - values[0]) / self.eps, values[0])
+        values, each = losses.mean, losses.per_example
+        return self._estimate(
+            key,
+            (values[1:] - values[0]) / self.eps,
+            values[0],
+            signal(each[1:] - each[0], losses.weights),
+        )
 
 
 @dataclass(frozen=True)
@@ -138,6 +191,9 @@ class PerExample(Estimator):
     def ask(self, key: Key) -> list[Probe]:
         keys = (key.fold(query=j) for j in range(self.queries))
         return [Probe(k, step, per_example=True) for k in keys for step in (self.eps, -self.eps)]
+
+    def count(self, examples: int) -> int:
+        return self.queries * examples
 
     def keys(self, key: Key, count: int) -> tuple[Key, ...]:
         examples = count // self.queries

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from zotune.core import forwards as _forwards  # registers the fast probed forwards
+from zotune.core.exact import LastLayers
 from zotune.core.perturbation import Perturbation
 from zotune.core.prefix import sharing, site_free
 from zotune.core.probe import Losses, Probe
-from zotune.core.sites import StackingError, View, probing, sites_of
+from zotune.core.sites import StackingError, View, observing, probing, sites_of
 from zotune.core.space import Space
 from zotune.errors import BadInput
 from zotune.quant.linear import QuantLinear
@@ -73,12 +74,23 @@ class TorchEvaluator(Evaluator):
         self.micro_batch = micro_batch
         self.per_example = per_example
         self.fast = fast
-        self.sites = sites_of(space.blocks)
+        self.sites = sites_of(space.probed)
+        self.last = LastLayers(model, [b for b in space if b.exact])
         self.prefix = site_free(model, self.sites) if fast else []
         self.visited: set[str] = set()
 
     @torch.no_grad()
     def losses(self, probes: Sequence[Probe], batch: Batch, perturbation: Perturbation) -> Losses:
+        if not perturbation.observes:
+            return self._losses(probes, batch, perturbation)
+        base = [p for p in probes if p.step == 0] or [Probe(probes[0].key, 0.0)]
+        with observing(self.sites, perturbation):
+            seen = self._losses(base, batch, perturbation)
+        others = [p for p in probes if p.step != 0]
+        found = self._losses(others, batch, perturbation) if others else seen
+        return found.put_among(seen, [p.step == 0 for p in probes])
+
+    def _losses(self, probes: Sequence[Probe], batch: Batch, perturbation: Perturbation) -> Losses:
         if any(p.per_example for p in probes) and not self.per_example:
             raise BadInput(
                 "directions per example need a loss per example; this objective gives one number "
@@ -98,7 +110,9 @@ class TorchEvaluator(Evaluator):
             weights.append(rows[0][1])
         self.forwards += len(probes)
         weight = torch.cat(weights)
-        return Losses(torch.cat(pieces, dim=1), weight / weight.sum().clamp_min(1e-300))
+        total = weight.sum().clamp_min(1e-300)
+        exact = self.last.gradients(len(probes) * float(total))
+        return Losses(torch.cat(pieces, dim=1), weight / total, exact)
 
     def _stacked(
         self, probes: Sequence[Probe], batch: Batch, first: int, perturbation: Perturbation
@@ -107,8 +121,9 @@ class TorchEvaluator(Evaluator):
         stacked = batch.repeat(len(probes))
         rows = max(len(t) for t in stacked.tensors.values())
         view = View(probes, batch.size, perturbation, first, rows)
-        with probing(self.sites, view, self.fast), sharing(self.prefix, view):
+        with probing(self.sites, view, self.fast), sharing(self.prefix, view), self.last.held():
             loss, weight = self.objective(self.model, stacked)
+            self.last.add_(loss, weight)
         self.visited |= view.visited
         loss = loss.detach().double().view(len(probes), -1).cpu()
         return loss, weight.detach().double().view(len(probes), -1)[0].cpu()
@@ -137,7 +152,7 @@ class TorchEvaluator(Evaluator):
         seen = {
             id(b) for site in self.sites if site.path in self.visited for b in site.blocks.values()
         }
-        return [b.name for b in self.space.blocks if id(b) not in seen]
+        return [b.name for b in self.space.probed if id(b) not in seen]
 
     def _apart(
         self, batch: Batch, probes: Sequence[Probe], perturbation: Perturbation

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from zotune.core.estimator import Estimator, TwoSided
+from zotune.core.estimator import Estimator, OneSided, TwoSided
 from zotune.core.perturbation import Gaussian, Perturbation
 from zotune.core.rule import SGD, Rule
 from zotune.core.shaping import Shaping
@@ -43,6 +43,19 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Interlude:
+    """Every `every` steps, `steps` steps of another method on the same blocks."""
+
+    every: int
+    steps: int
+    method: Method
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.steps < 1:
+            raise BadInput(f"every={self.every}, steps={self.steps}; want both at least 1")
+
+
+@dataclass(frozen=True)
 class Method:
     """A published method: where directions come from, what is measured, how it becomes a step.
 
@@ -64,6 +77,7 @@ class Method:
     schedule: Schedule = field(default_factory=Schedule)
     weight_decay: float = 0.0
     units: Units = "relative"
+    interlude: Interlude | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr >= 0):
@@ -72,11 +86,40 @@ class Method:
             raise BadInput(f"weight_decay={self.weight_decay}; want >= 0")
         if self.units not in ("relative", "absolute"):
             raise BadInput(f"units={self.units!r}; want 'relative' or 'absolute'")
+        for stage in self.stages[1:]:
+            if stage.units != self.units or stage.interlude is not None:
+                raise BadInput("an interlude has its method's units and no interlude of its own")
+            if stage.estimator.count(2) != self.estimator.count(2):
+                raise BadInput("an interlude leaves as many scalars a step as its method")
+
+    @property
+    def stages(self) -> tuple[Method, ...]:
+        """The methods that take turns: this one, and its interlude's if it has one."""
+        return (self,) if self.interlude is None else (self, self.interlude.method)
+
+    def at(self, step: int) -> Method:
+        """The method whose turn it is.
+
+        >>> m = Method("mine", interlude=Interlude(3, 2, Method("other")))
+        >>> [m.at(t).name for t in range(6)]
+        ['mine', 'mine', 'mine', 'other', 'other', 'mine']
+        """
+        if self.interlude is None:
+            return self
+        place = step % (self.interlude.every + self.interlude.steps)
+        return self if place < self.interlude.every else self.interlude.method
 
     @property
     def forwards(self) -> int:
-        """Forward passes per step."""
-        return self.estimator.forwards
+        """Forward passes per step, of most steps."""
+        return self.estimator.forwards + (
+            self.perturbation.observes and not isinstance(self.estimator, OneSided)
+        )
+
+    @property
+    def replayable(self) -> bool:
+        """Whether base model and journal are all that its steps come from."""
+        return not any(stage.perturbation.observes for stage in self.stages)
 
     def but(self, **changes: Any) -> Method:
         """The same method with other lr, schedule, ... (a copy)."""

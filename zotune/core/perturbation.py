@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,10 +20,39 @@ from zotune.core.block import Block, part
 from zotune.core.noise import Key, Law
 from zotune.errors import BadInput
 
+if TYPE_CHECKING:
+    from zotune.core.estimator import Estimate
+    from zotune.core.space import Space
+
 
 @dataclass(frozen=True)
 class Perturbation(ABC):
-    """A law for u. Laws have E[u] = 0 and E[u u^T] = I per block unless their docstring says so."""
+    """A law for u. Laws have E[u] = 0 and E[u u^T] = I per block unless their docstring says so.
+
+    Most are pure functions of the key. One that learns keeps tensors in `block.memory`: `state`
+    gives them before the first step, `learn_` changes them behind each, and snapshots hold them.
+    One that `observes` sees the inputs of the layers it perturbs before its directions are drawn;
+    its directions depend on data, so a journal alone cannot replay them.
+    """
+
+    observes: ClassVar[bool] = False
+
+    def check(self, space: Space) -> None:
+        """Refuse blocks that this law cannot perturb, before the first forward."""
+
+    def notes(self, space: Space) -> list[str]:
+        """What a user should know of this law on this space, said once at the start."""
+        return []
+
+    def state(self, block: Block) -> dict[str, Tensor]:
+        """Fresh memory of a block."""
+        return {}
+
+    def learn_(self, space: Space, estimate: Estimate) -> None:
+        """Change the blocks' memory, after they were moved by `estimate`."""
+
+    def observe_(self, block: Block, x: Tensor) -> None:
+        """What flows into the block's module at the base point: (..., features), this batch."""
 
     @abstractmethod
     def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:

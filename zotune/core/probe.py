@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,10 +30,12 @@ class Losses:
 
     per_example: (probes, examples). weights: (examples,), the share of each example in the batch
     loss (tokens for language models), summing to 1. A loss without examples has one column.
+    exact: by block, the gradient of the mean over the probes of the batch loss, where it is exact.
     """
 
     per_example: Tensor
     weights: Tensor
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: list[float]) -> Losses:
@@ -43,6 +46,16 @@ class Losses:
         """
         column = torch.tensor(values, dtype=torch.float64).view(-1, 1)
         return cls(column, torch.ones(1, dtype=torch.float64))
+
+    def put_among(self, others: Losses, theirs: Sequence[bool]) -> Losses:
+        """These losses and `others` of the same batch, in the order that `theirs` tells.
+
+        >>> Losses.of([1.0, 3.0]).put_among(Losses.of([2.0]), [False, True, False]).mean.tolist()
+        [1.0, 2.0, 3.0]
+        """
+        mine, more = iter(self.per_example), iter(others.per_example)
+        rows = [next(more) if other else next(mine) for other in theirs]
+        return Losses(torch.stack(rows), self.weights, self.exact)
 
     @property
     def mean(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,15 +23,22 @@ Grads = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """What is subtracted from a block."""
+    """What is subtracted from a block.
+
+    Rules act elementwise on runs of rows, but for those that are `whole`: they see all rows of a
+    block at once (an orthogonalized matrix). Where the directions have coordinates of their own
+    (`Subspace`), a rule acts on those and `state` is shaped like them.
+    """
+
+    whole: ClassVar[bool] = False
 
     @property
     def window(self) -> int:
         """How many recent estimates the rule wants to see, this step's included."""
         return 1
 
-    def state(self, block: Block) -> dict[str, Tensor]:
-        """Fresh state tensors of a block, shaped like it."""
+    def state(self, block: Block, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Fresh state tensors for gradients of this shape: the block's, or its coordinates'."""
         return {}
 
     @abstractmethod
@@ -109,10 +116,10 @@ class Adam(Rule):
     def window(self) -> int:
         return self.history if self.moments == "rebuilt" else 1
 
-    def state(self, block: Block) -> dict[str, Tensor]:
+    def state(self, block: Block, shape: tuple[int, ...]) -> dict[str, Tensor]:
         if self.moments == "rebuilt":
             return {}
-        zero = torch.zeros(block.shape, device=block.device)
+        zero = torch.zeros(shape, device=block.device)
         return {"m": zero, "v": zero.clone()}
 
     def step(

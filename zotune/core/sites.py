@@ -218,6 +218,25 @@ def generic(site: Site, view: View, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
+def observing(sites: Sequence[Site], perturbation: Perturbation) -> Iterator[None]:
+    """Let a perturbation see what flows into the sites at the base point."""
+
+    def watch(site: Site) -> Callable[..., None]:
+        def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for block in site.blocks.values():
+                perturbation.observe_(block, args[0].detach())
+
+        return seen
+
+    handles = [site.module.register_forward_pre_hook(watch(site)) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def probing(sites: Sequence[Site], view: View, fast: bool = True) -> Iterator[View]:
     """Give each site its probed forward for the duration; nothing outlives the block."""
 

@@ -57,6 +57,11 @@ class Space:
     def numel(self) -> int:
         return sum(b.numel for b in self.blocks)
 
+    @property
+    def probed(self) -> tuple[Block, ...]:
+        """The blocks that probes move: all but those whose gradient is exact."""
+        return tuple(b for b in self.blocks if not b.exact)
+
     def without(self, names: Iterable[str]) -> Space:
         gone = set(names)
         return Space(b for b in self.blocks if b.name not in gone)

@@ -9,8 +9,9 @@ estimate's keys, asks the rule for a step and lets the block move.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from zotune.core.estimator import Estimate
 from zotune.core.evaluator import Evaluator
 from zotune.core.method import Method
 from zotune.core.noise import Key
+from zotune.core.perturbation import Perturbation
 from zotune.core.probe import Losses, Probe
 from zotune.core.space import Space
+from zotune.core.subspace import Subspace
 from zotune.errors import BadInput
 
 RUN = 1 << 20  # elements of g alive at once: the largest scratch of an update
@@ -76,27 +79,49 @@ class Tuner:
         self.evaluator, self.record, self.total = evaluator, record, total
         self.done = 0
         self.applied = 0
-        self.recent: deque[Estimate] = deque(maxlen=method.rule.window)
-        self.state = {b.name: method.rule.state(b) for b in space}
+        window = max(stage.rule.window for stage in method.stages)
+        self.recent: deque[Estimate] = deque(maxlen=window)
+        self.state = {stage.name: _rule_state(stage, space) for stage in method.stages}
+        for block in space:
+            block.memory.clear()
+        for stage in method.stages:
+            stage.perturbation.check(space)
+            for block in space.probed:
+                block.memory.update(stage.perturbation.state(block))
+        if window > 1 and not self.replayable:
+            raise BadInput(
+                f"{method.name} looks back over {window} steps, which exact gradients and "
+                "directions from activations do not allow; store its moments instead"
+            )
 
     @property
     def key(self) -> Key:
         return Key(self.seed, step=self.done)
 
     @property
+    def now(self) -> Method:
+        """The method whose turn it is."""
+        return self.method.at(self.done)
+
+    @property
     def lr(self) -> float:
-        return self.method.lr * self.method.schedule.factor(self.done, self.total)
+        return self.now.lr * self.now.schedule.factor(self.done, self.total)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether base model and journal are all that the steps come from."""
+        return self.method.replayable and not any(b.exact for b in self.space)
 
     def ask(self) -> list[Probe]:
         """The points whose losses this step wants."""
-        return self.method.estimator.ask(self.key)
+        return self.now.estimator.ask(self.key)
 
     def tell(self, losses: Losses) -> StepReport:
         """Estimate, shape, record, apply. A loss that is not finite is recorded, never applied."""
-        estimate = self.method.estimator.tell(self.key, losses)
+        estimate = replace(self.now.estimator.tell(self.key, losses), exact=losses.exact)
         if estimate.finite:  # a clip would make a number of an infinity, a sign one of a NaN
             coefficients = torch.tensor(estimate.coefficients, dtype=torch.float64)
-            for shaping in self.method.shaping:
+            for shaping in self.now.shaping:
                 coefficients = shaping(coefficients)
             estimate = replace(estimate, coefficients=tuple(coefficients.tolist()))
         if self.record is not None:
@@ -107,54 +132,81 @@ class Tuner:
         """Measure and move: one whole step on one batch."""
         if self.evaluator is None:
             raise BadInput("this tuner has no evaluator; use ask() and tell(), or give it one")
-        return self.tell(self.evaluator.losses(self.ask(), batch, self.method.perturbation))
+        return self.tell(self.evaluator.losses(self.ask(), batch, self.now.perturbation))
 
     @torch.no_grad()
     def apply_(self, estimate: Estimate) -> StepReport:
         """Move every block by this estimate; nothing but the estimate is needed (replay)."""
         report = StepReport(self.done, estimate.loss, self.lr, estimate.finite, estimate)
         if estimate.finite:
+            before = self.recent[0].key if self.recent else estimate.key
             self.recent.appendleft(estimate)
             self.applied += 1
             for block in self.space:
-                self._move_(block, report.lr, estimate.key)
+                self._move_(block, report.lr, estimate.key, before)
+            self.now.perturbation.learn_(self.space, estimate)
         self.done += 1
         return report
 
-    def _move_(self, block: Block, lr: float, key: Key) -> None:
-        if self.method.weight_decay and block.decay:
-            block.decay_(lr * block.lr_ratio * self.method.weight_decay, key)
-        width = max(1, block.numel // max(1, block.rows))
-        run = max(1, RUN // width)
-        for start in range(0, block.rows, run):
-            stop = min(start + run, block.rows)
-            state = {
-                k: (v[start:stop] if v.dim() else v) for k, v in self.state[block.name].items()
-            }
-
-            def grads(k: int, start: int = start, stop: int = stop) -> Tensor:
-                past = self.recent[k]
-                share = 1.0 / (len(past.keys) * block.eps_ratio)
-                weights = [c * share for c in past.coefficients]
-                return self.method.perturbation.combine(past.keys, weights, block, start, stop)
-
-            step = self.method.rule.step(grads, state, self.applied, lr, block, start)
+    def _move_(self, block: Block, lr: float, key: Key, before: Key) -> None:
+        now = self.now
+        if now.weight_decay and block.decay:
+            block.decay_(lr * block.lr_ratio * now.weight_decay, key)
+        state = self.state[now.name][block.name]
+        directions = now.perturbation
+        if isinstance(directions, Subspace) and _inner(directions, block) is not None:
+            for held in state.values():
+                held.copy_(directions.carry(held, block, before, key))
+            z = now.rule.step(partial(self._inner, block, key), state, self.applied, lr, block, 0)
+            for start, stop in runs(block):
+                step = directions.expand(z, key, block, start, stop)
+                block.move_(start, stop, _scaled(step, block.stride, start, stop, block), key)
+            return
+        for start, stop in [(0, block.rows)] if now.rule.whole else runs(block):
+            here = {k: (v[start:stop] if v.dim() else v) for k, v in state.items()}
+            grads = partial(self._rows, block, start, stop)
+            step = now.rule.step(grads, here, self.applied, lr, block, start)
             block.move_(start, stop, _scaled(step, block.stride, start, stop, block), key)
+
+    def _rows(self, block: Block, start: int, stop: int, k: int) -> Tensor:
+        """Rows start:stop of g from k steps ago."""
+        past = self.recent[k]
+        if block.exact:
+            unit = part(block.reach, start, stop, block.rows)
+            return past.exact[block.name][start:stop] * unit / block.eps_ratio
+        return self.now.perturbation.combine(past.keys, _weights(past, block), block, start, stop)
+
+    def _inner(self, block: Block, key: Key, k: int) -> Tensor:
+        """The coordinates of g from k steps ago, in the subspace of `key`."""
+        directions, past = self.now.perturbation, self.recent[k]
+        assert isinstance(directions, Subspace)
+        z = directions.combine_inner(past.keys, _weights(past, block), block)
+        return directions.carry(z, block, past.key, key)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything but the journal that a bitwise resume needs, flat, for safetensors."""
         out = {f"block/{name}": value for name, value in self.space.state().items()}
-        for block, state in self.state.items():
-            out.update({f"rule/{block}/{k}": v for k, v in state.items()})
+        return out | self._kept()
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What rules and perturbations keep beyond the blocks themselves."""
+        out = {f"memory/{b.name}/{k}": v for b in self.space for k, v in b.memory.items()}
+        for stage, blocks in self.state.items():
+            for block, state in blocks.items():
+                out.update({f"rule/{stage}/{block}/{k}": v for k, v in state.items()})
         return out
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the method itself, beyond the model: what `list methods` puts in words."""
+        return sum(t.numel() * t.element_size() for t in self._kept().values())
 
     def load_(self, tensors: Mapping[str, Tensor], done: int, applied: int) -> None:
         """Go back to a saved state; `recent` is refilled by the caller with `remember_`."""
         blocks = {k[6:]: v for k, v in tensors.items() if k.startswith("block/")}
         self.space.load_(blocks)
-        for block, state in self.state.items():
-            for k, v in state.items():
-                v.copy_(tensors[f"rule/{block}/{k}"])
+        for name, held in self._kept().items():
+            held.copy_(tensors[name])
         self.done, self.applied = done, applied
         self.recent.clear()
 
@@ -162,6 +214,33 @@ class Tuner:
         """Refill the window of past estimates, oldest first, without moving anything."""
         if estimate.finite:
             self.recent.appendleft(estimate)
+
+
+def runs(block: Block) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of a block, each of about `RUN` elements."""
+    run = max(1, RUN // max(1, block.numel // max(1, block.rows)))
+    for start in range(0, block.rows, run):
+        yield start, min(start + run, block.rows)
+
+
+def _rule_state(method: Method, space: Space) -> dict[str, dict[str, Tensor]]:
+    def shape(block: Block) -> tuple[int, ...]:
+        inside = _inner(method.perturbation, block)
+        return block.shape if inside is None else inside
+
+    return {b.name: method.rule.state(b, shape(b)) for b in space}
+
+
+def _inner(perturbation: Perturbation, block: Block) -> tuple[int, ...] | None:
+    """Shape of the coordinates that a rule sees of this block, None for the block's own."""
+    if block.exact or not isinstance(perturbation, Subspace):
+        return None
+    return perturbation.inner(block)
+
+
+def _weights(estimate: Estimate, block: Block) -> list[float]:
+    share = 1.0 / (len(estimate.keys) * block.eps_ratio)
+    return [c * share for c in estimate.coefficients]
 
 
 def _scaled(step: Tensor, stride: Tensor | float, start: int, stop: int, block: Block) -> Tensor:

@@ -55,9 +55,8 @@ class Bench:
         """Numbers per journal record."""
         if isinstance(self.method, Backprop):
             return 0
-        each = self.tuner.ask()[0].per_example if isinstance(self.tuner, Tuner) else False
-        examples = self.config.per_device_train_batch_size if each else 1
-        return self.method.estimator.queries * examples
+        examples = self.config.per_device_train_batch_size
+        return max(stage.estimator.count(examples) for stage in self.method.stages)
 
 
 def assemble(

@@ -66,6 +66,11 @@ def replay(
     prepared = _wrapped(loaded, journal)
     space = rebuild_space(prepared, read_record(journal.header["space"], SpaceSpec), journal)
     tuner = Tuner(space, method, int(journal.header["seed"]), total=int(journal.header["total"]))
+    if not tuner.replayable:
+        raise JournalError(
+            f"{journal.path}: this run cannot be replayed from its journal: its directions or "
+            "gradients come from the data's activations; use the run's own model"
+        )
     replay_(tuner, journal.records[:count])
     round_to_storage_(prepared)
     folder = Path(out).expanduser() if out is not None else None

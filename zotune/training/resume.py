@@ -109,7 +109,7 @@ def resume(
             "now): give the same data"
         )
     seconds = restore_(bench, journal)
-    if bench.tuner.done < len(journal.records):  # backprop: steps after the snapshot run again
+    if bench.tuner.done < len(journal.records):  # not replayable: they run again from the snapshot
         journal = cut(journal, bench.tuner.done)
     log.info("going on after step %d of %d", bench.tuner.done, config.max_steps)
     return bench, journal, seconds
@@ -139,7 +139,7 @@ def restore_(bench: Bench, journal: Journal, stop: int | None = None) -> float:
         seconds = mark.seconds
         if isinstance(tuner, Tuner):
             refill_(tuner, records[: mark.done])
-    if isinstance(tuner, Tuner):
+    if isinstance(tuner, Tuner) and tuner.replayable:
         replay_(tuner, records[tuner.done :])
     bench.evaluator.forwards = tuner.done * bench.method.forwards
     return seconds
@@ -147,9 +147,8 @@ def restore_(bench: Bench, journal: Journal, stop: int | None = None) -> float:
 
 def estimate(tuner: Tuner, step: int, record: Record) -> Estimate:
     """A record as the estimate it was."""
-    key = Key(tuner.seed, step=step)
-    keys = tuner.method.estimator.keys(key, len(record.coefficients))
-    return Estimate(key, keys, record.coefficients, record.loss)
+    estimator = tuner.method.at(step).estimator
+    return estimator.rebuild(Key(tuner.seed, step=step), record.coefficients, record.loss)
 
 
 def replay_(tuner: Tuner, records: Sequence[Record]) -> None:
@@ -162,7 +161,7 @@ def refill_(tuner: Tuner, records: Sequence[Record]) -> None:
     """Give a rule with a window the estimates before a snapshot."""
     window: list[Estimate] = []
     for step in range(len(records) - 1, -1, -1):
-        if len(window) == tuner.method.rule.window:
+        if len(window) == tuner.recent.maxlen:
             break
         past = estimate(tuner, step, records[step])
         if past.finite:

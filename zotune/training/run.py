@@ -42,7 +42,7 @@ class Run:
             self.tuner.record = self._record
 
     def _record(self, step: int, estimate: Estimate) -> None:
-        self.writer.append(estimate.coefficients, estimate.loss)
+        self.writer.append(estimate.scalars, estimate.loss)
 
     def go(self) -> Result:
         before = self._before()

@@ -28,16 +28,25 @@ class Head(SpaceSpec):
     dozen numbers instead of thousands, so that every probe says much about each. `project` keeps of
     W only its least-squares fit on those directions, for a head that was only guessed (from label
     texts), whose rest is noise. C A is folded into W when the run ends.
+
+    `exact` takes the gradient that the forwards give exactly, an outer product for a softmax, and
+    leaves the head out of the probes: no backward pass runs through the network, but such a run
+    cannot be replayed from its journal.
     """
 
     basis: str | None = None
     project: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.basis not in (None, "classes"):
             raise BadInput(f"basis={self.basis!r}; want 'classes', or none for the whole head")
         if self.project and self.basis is None:
             raise BadInput("project=True needs a basis to project on; use basis='classes'")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**super().options, "exact": self.exact}
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
         inside = heads(model)

@@ -49,7 +49,7 @@ def blocks_of(
             blocks.append(
                 FloatBlock.of(
                     name, parameter, held, unit=rms(parameter), decay=_decays(held),
-                    keep_master=keep_master, eps=spec.eps, lr=spec.lr,
+                    keep_master=keep_master, **spec.options,
                 )
             )  # fmt: skip
     return Space(blocks)
