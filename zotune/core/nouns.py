@@ -2,14 +2,13 @@
 
 from zotune.core.backprop import Backprop
 from zotune.core.estimator import OneSided, PerExample, TwoSided
+from zotune.core.grid import Grid, Rounded
 from zotune.core.method import Method, Schedule
 from zotune.core.noise import Key
 from zotune.core.perturbation import (
     Gaussian,
-    Grid,
     LowRank,
     Rademacher,
-    Rounded,
     Sparse,
     Sphere,
     Uniform,
