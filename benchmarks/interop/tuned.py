@@ -1,4 +1,4 @@
-"""Tune every golden checkpoint here, load the result in the format's own library, compare.
+"""Tune the golden checkpoints, load the result in the format's own library, compare.
 
     PYTHONPATH=. python benchmarks/interop/tuned.py      # where both golden scripts run
 
@@ -27,12 +27,13 @@ from zotune.quant import formats
 from zotune.training import TrainConfig, train
 
 TEXT = "The cat sat on the mat, and then it sat on day {k}.\n\n"
+KINDS = ("awq", "ct", "gptq")
 PACKAGES = ("torch", "transformers", "gptqmodel", "llmcompressor", "compressed-tensors")
 
 
 def main() -> None:
     rows = []
-    for folder in sorted(p for p in tiny.GOLDEN.iterdir() if p.is_dir()):
+    for folder in sorted(p for kind in KINDS for p in tiny.GOLDEN.glob(f"{kind}-*/")):
         with tempfile.TemporaryDirectory() as scratch:
             row = {"checkpoint": folder.name, **compare(folder, Path(scratch))}
         print(row, flush=True)

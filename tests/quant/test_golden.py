@@ -27,7 +27,7 @@ from zotune.core.spaces import SPACES, get
 from zotune.errors import BadInput
 from zotune.models import fingerprint
 from zotune.quant import QuantLinear, formats
-from zotune.quant.formats.shards import entries
+from zotune.quant.formats.shards import entries, raw_bytes
 from zotune.training import EvalConfig, TrainConfig, evaluate, replay, train
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -50,7 +50,7 @@ def changed(one: Path, other: Path) -> set[str]:
     assert [(n, e.dtype, e.shape, e.start) for n, e in a.items()] == [
         (n, e.dtype, e.shape, e.start) for n, e in b.items()
     ]
-    raw = {n: (a[n].read().view(torch.uint8), b[n].read().view(torch.uint8)) for n in a}
+    raw = {n: (raw_bytes(a[n].read()), raw_bytes(b[n].read())) for n in a}
     return {n for n, (x, y) in raw.items() if not torch.equal(x, y)}
 
 
@@ -69,7 +69,9 @@ def test_logits_are_those_of_the_format_s_own_library(folder: Path) -> None:
 
 
 # What the library rounds otherwise: weights to bfloat16; activations by max|x| / 127.5, see below.
-TOLERANCE = {"ct-nvfp4a16": 0.01, "ct-w8a8": 0.05}
+TOLERANCE = {"ct-nvfp4a16": 0.01, "ct-w8a8": 0.05, "bnb-int8": 0.05}
+# What formats call their scales.
+SCALES = ("scale", "absmax", "SCB")
 # Powers of two as scales: a small step rounds back to where it started.
 LR = {"ct-mxfp4a16": 0.5}
 
@@ -135,11 +137,13 @@ def test_what_a_format_says_can_be_tuned_is_kept_and_nothing_else_changes(
     formats.round_to_storage_(model)
     out = formats.write(model, tmp_path / "out")
     assert fingerprint(read(out)) == fingerprint(model)
-    if space in ("codes", "zeros"):
+    if space == "codes" or (space == "zeros" and formats.detect(folder) != "hqq"):
         assert fingerprint(model) == before, "whole steps need no rounding"
     parts = {block.name.rpartition(".")[2] for block in blocks}
     own = {b.name.rpartition(".")[0] for b in blocks}
-    assert {n.rpartition(".")[0] for n in changed(folder, out)} == own
+    moved = changed(folder, out)
+    assert {layer for layer in own if any(n.startswith(f"{layer}.") for n in moved)} == own
+    assert all(n.startswith(tuple(f"{layer}." for layer in own)) for n in moved)
     assert len(parts) >= 1
     names = {p for p, data in files(out).items() if data != files(folder)[p]}
     assert names <= {e.path.name for e in entries(folder).values()}
@@ -182,7 +186,7 @@ def test_thirty_steps_move_the_scales_alone_and_the_file_measures_the_same(
     model = tmp_path / "run" / "model"
     names = changed(folder, model)
     assert names
-    assert all("scale" in name for name in names), names
+    assert all(any(part in name for part in SCALES) for name in names), names
     saved = evaluate(EvalConfig(model_name_or_path=str(model), **shared))
     assert saved["numbers"] == result.numbers["after"]
     assert saved["numbers"] != result.numbers["before"]

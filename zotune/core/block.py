@@ -20,7 +20,6 @@ from zotune.core import noise
 from zotune.core.codes import shifted, stepped
 from zotune.core.noise import Key
 from zotune.errors import BadInput
-from zotune.quant.affine import per_weight
 from zotune.quant.linear import QuantLinear
 from zotune.quant.packing import pack, unpack
 
@@ -252,7 +251,7 @@ class CodeBlock(Block):
 
     @property
     def grid(self) -> Tensor:
-        return per_weight(self.module.scale, self.shape[1], self.module.scheme.group_size)
+        return self.module.grid
 
     def at(self, u: Tensor, step: float) -> Tensor:
         return shifted(self.value(), u, step * self.reach, *self.limits)

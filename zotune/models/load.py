@@ -12,7 +12,7 @@ from torch import nn
 
 from zotune.errors import BadInput, FormatError
 from zotune.models.encoder import HEAD_KEY, PooledClassifier, read_head
-from zotune.models.tokenizer import load_tokenizer
+from zotune.models.tokenizer import load_tokenizer, with_padding
 from zotune.quant import QuantLinear, Scheme, formats, quantize_model_
 from zotune.quant.formats.tensors import read_json
 
@@ -33,7 +33,7 @@ class Loaded:
         model: in eval mode.
         tokenizer: None if the folder has none.
         kind: "causal", "encoder" or "classifier".
-        path: the local folder; pass it as `source` when writing.
+        path: the local folder, or the file that is all of it; pass it as `source` when writing.
         config: the transformers configuration.
         format: name of the checkpoint's format.
     """
@@ -60,7 +60,7 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        path: a local folder, or a hub id such as "org/name".
+        path: a local folder, a .gguf file, or a hub id such as "org/name".
         kind: "causal", "encoder", "classifier", or "auto" to tell from the config. A folder written
             from a `PooledClassifier` loads as one, of kind "classifier"; with kind="encoder" the
             encoder alone.
@@ -79,7 +79,9 @@ def load(
     """
     folder = find_folder(path, trust_remote_code)
     found = formats.detect(folder)
-    config = read_json(folder / "config.json")
+    own = formats.formats()[found]
+    whole = own if isinstance(own, formats.SelfContained) else None
+    config = whole.config(folder) if whole else read_json(folder / "config.json")
     resolved = resolve_kind(config, kind, folder)
     pooled = HEAD_KEY in config and resolved == "classifier"
     if scheme is not None and found != "float":
@@ -98,12 +100,18 @@ def load(
     inner_config = model.config
     if pooled:
         model = PooledClassifier(model, *read_head(folder))
-    tokenizer = load_tokenizer(folder, trust_remote_code)
+    tokenizer = (
+        with_padding(whole.tokenizer(folder), folder)
+        if whole
+        else load_tokenizer(folder, trust_remote_code)
+    )
     return Loaded(model.to(device).eval(), tokenizer, resolved, folder, inner_config, found)
 
 
 def find_folder(path: str | Path, trust_remote_code: bool = False) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded, weights as safetensors only.
+    """The local folder of a checkpoint, or the .gguf file that is one.
+
+    A hub id is downloaded, weights as safetensors only.
 
     "package:NAME/FOLDER" is a folder inside an installed Python package (which is not imported).
 
@@ -115,8 +123,10 @@ def find_folder(path: str | Path, trust_remote_code: bool = False) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file() and folder.suffix == ".gguf":
+        return folder
     if folder.exists():
-        raise FormatError(f"{folder} is a file; give the folder of a checkpoint")
+        raise FormatError(f"{folder} is a file; give a .gguf file or the folder of a checkpoint")
     if not _HUB_ID.fullmatch(str(path)):
         raise FormatError(f"{folder} does not exist; give a checkpoint folder or a hub id")
     from huggingface_hub import snapshot_download

@@ -35,6 +35,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         )
     except Exception as error:  # tokenizer back ends raise bare Exception for damaged files
         raise FormatError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
+    return with_padding(tokenizer, folder)
+
+
+def with_padding(tokenizer: Any, folder: Path) -> Any:
+    """The tokenizer; without a padding token it pads with its end-of-text token from now on."""
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
         _say_once(f"{folder}: the tokenizer has no padding token; {tokenizer.eos_token!r} is used")

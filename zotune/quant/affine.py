@@ -17,12 +17,13 @@ from torch import Tensor
 
 from zotune.errors import BadInput
 
-BITS: Final = {"int": (2, 3, 4, 8), "fp": (4, 8)}
+BITS: Final = {"int": (2, 3, 4, 8), "fp": (4, 8), "nf": (4,), "fpb": (4,), "aq": (8, 16)}
 GRANULARITIES: Final = ("group", "channel", "tensor")
 # The scale of an all-zero group: exact in float16, and harmless when codes move.
 EMPTY_SCALE: Final = 2.0**-20
 _SCHEME = re.compile(
-    r"(?P<kind>int|fp)(?P<bits>\d+)-(?P<unit>g\d+|channel|tensor)(?P<asym>-asym)?(?P<act>-a\d+)?"
+    r"(?P<kind>int|fpb|fp|nf|aq)(?P<bits>\d+)-(?P<unit>g\d+|channel|tensor)"
+    r"(?P<asym>-asym)?(?P<act>-a\d+)?"
 )
 
 
@@ -37,7 +38,8 @@ class Scheme:
         granularity: "group", "channel" (one scale per output row) or "tensor" (a single scale).
         act_bits: 8 quantizes activations to 8 bits of the same kind per token at run time; None
             leaves them alone.
-        kind: "int", or "fp" for codes that are floats of few bits: E4M3 (8 bits), E2M1 (4 bits).
+        kind: "int", or "fp" for codes that are floats of few bits: E4M3 (8 bits), E2M1 (4 bits);
+            "nf" for NF4, "fpb" for bitsandbytes' FP4; "aq" for places in codebooks of vectors.
 
     Raises:
         BadInput: for a combination that does not exist.

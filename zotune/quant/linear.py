@@ -159,6 +159,16 @@ class QuantLinear(nn.Module):
             raise BadInput(f"codes have shape {tuple(codes.shape)}; this layer wants {wanted}")
         self.codes.copy_(pack(codes, self.scheme.bits))
 
+    @property
+    def grid(self) -> Tensor:
+        """Weight per code, broadcastable to (out, in)."""
+        return affine.per_weight(self.scale, self.in_features, self.scheme.group_size)
+
+    @property
+    def zero_unit(self) -> Tensor | float:
+        """The natural size of a change of `zero`: one code."""
+        return 1.0
+
     def round_to_storage_(self) -> None:
         """Round scale and zero to what a checkpoint will hold, in place."""
         if self.storage is not None:

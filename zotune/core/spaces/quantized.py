@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from zotune.core.block import Block, CodeBlock, FloatBlock, Owner
 from zotune.core.space import Observe, Space, SpaceSpec, matching
@@ -28,6 +28,11 @@ def quantized(model: nn.Module, attribute: str, pattern: str | None) -> list[Own
         )
     wanted = matching(found, pattern)
     return [owner for name, owner in found.items() if wanted(name)]
+
+
+def _zero_unit(owner: Owner) -> Tensor | float:
+    assert isinstance(owner.module, QuantLinear)
+    return owner.module.zero_unit
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,16 @@ class Scales(SpaceSpec):
 
 @dataclass(frozen=True)
 class Zeros(SpaceSpec):
-    """Zero points of asymmetric layers. Unit: one code."""
+    """Zero points of asymmetric layers. Unit: one code.
+
+    Where a format stores offsets instead (GGUF), those; the unit is what moves weights by a code.
+    """
 
     pattern: str | None = None
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
         return Space(
-            FloatBlock.of(f"{o.path}.zero", o.tensor, [o], **self.options)
+            FloatBlock.of(f"{o.path}.zero", o.tensor, [o], unit=_zero_unit(o), **self.options)
             for o in quantized(model, "zero", self.pattern)
         )
 

@@ -24,13 +24,16 @@ memory twice); `write` copies the source's files and overwrites the byte ranges 
 value has changed. Untouched means untouched: a part is compared with decode and encode of what the
 file holds, so odd bits that no decoder looks at stay as they are.
 
+A layer that no `QuantLinear` can hold is built by `Layout.layer` (aqlm.py).
+
 To build with: `zotune.quant.words` for codes that are a stream of bits in 32-bit words; scales.py
-for scales that are no plain floats; a kind in `affine.BITS` for codes that are floats and, if they
-go by a table, an entry in `zotune.quant.codebooks`.
+and nested.py for scales that are no plain floats; a kind in `affine.BITS` for codes that are floats
+and, if they go by a table, an entry in `zotune.quant.codebooks`.
 
 Formats of other files (one GGUF file, an ONNX graph) implement `Format` themselves: `read` leaves a
 `Source` on the model (`set_source_`, origin.py) and a `Layout` on each layer's `storage`; `write`
-gets the model back.
+gets the model back. One whose files also hold config and tokenizer is `SelfContained`; its "folder"
+may be the file itself.
 
 `tunable` names the spaces whose blocks the format keeps: scales, zeros, codes of quantized layers;
 norms, biases, weights (every float tensor, embeddings among them). Adapters lie in a folder beside
@@ -61,8 +64,8 @@ from zotune.quant.formats.tensors import quantization, read_json
 from zotune.quant.linear import QuantLinear
 
 __all__ = [
-    "Format", "Source", "SourceFormat", "Wrapper", "detect", "formats", "read", "round_to_storage_",
-    "set_source_", "source_of", "write",
+    "Format", "SelfContained", "Source", "SourceFormat", "Wrapper", "detect", "formats", "read",
+    "round_to_storage_", "set_source_", "source_of", "write",
 ]  # fmt: skip
 
 
@@ -86,6 +89,17 @@ class Format(Protocol):
 
 
 @runtime_checkable
+class SelfContained(Protocol):
+    """A format whose files hold the config and the tokenizer too, so that no others are read."""
+
+    def config(self, folder: Path) -> dict[str, Any]:
+        """The transformers configuration, as config.json would hold it."""
+
+    def tokenizer(self, folder: Path) -> Any:
+        """The tokenizer."""
+
+
+@runtime_checkable
 class Wrapper(Protocol):
     """A model around a transformers model, saved as that model and files beside it."""
 
@@ -101,8 +115,9 @@ class Wrapper(Protocol):
 def formats() -> dict[str, Format]:
     """Every format by name.
 
-    >>> sorted(formats())
-    ['awq', 'compressed-tensors', 'float', 'gptq', 'zotune']
+    >>> sorted(formats())  # doctest: +NORMALIZE_WHITESPACE
+    ['aqlm', 'awq', 'bitsandbytes', 'compressed-tensors', 'float', 'gguf', 'gptq', 'hqq', 'torchao',
+     'zotune']
     """
     found: dict[str, Format] = {}
     for info in pkgutil.iter_modules(__path__):

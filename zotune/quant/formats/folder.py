@@ -36,7 +36,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    known = (folder / "config.json").exists() or is_gguf(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not known:
         raise BadInput(f"{folder} is not empty and holds no checkpoint; give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
@@ -48,6 +49,12 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def is_gguf(folder: Path) -> bool:
+    """Whether a folder's one .gguf file is its model."""
+    own = folder.is_dir() and not (folder / "config.json").exists()
+    return own and len(list(folder.glob("*.gguf"))) == 1
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -99,8 +106,9 @@ def _swap(fresh: Path, folder: Path) -> None:
         old.rename(folder)
         raise
     _sync_directory(folder.parent)
+    weights = (".gguf",) if is_gguf(old) else (".safetensors",)
     for path in old.iterdir():
-        stale = path.name == INDEX or path.suffix == ".safetensors"
+        stale = path.name == INDEX or path.suffix in weights
         if not stale and not (folder / path.name).exists():
             path.rename(folder / path.name)
     shutil.rmtree(old, ignore_errors=True)

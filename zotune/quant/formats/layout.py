@@ -60,6 +60,18 @@ class Layout(ABC):
     def rounded(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scale and zero, float32, as they come back from the checkpoint."""
 
+    def layer(self, name: str, values: Values, bias: bool) -> QuantLinear:
+        """A layer that holds the values; its bias is on the meta device."""
+        codes, scale, zero, order = values
+        scheme = replace(self.scheme, symmetric=zero is None)
+        rows, columns = codes.shape
+        layer = QuantLinear(columns, rows, scheme, bias=bias, name=name, device="meta")
+        layer.codes = codes.contiguous() if scheme.bits == 8 else pack(codes, scheme.bits)
+        layer.scale = scale.contiguous()
+        layer.zero = None if zero is None else zero.contiguous()
+        layer.order = order
+        return layer
+
 
 def place_(
     model: nn.Module, name: str, layout: Layout, stored: Mapping[str, Tensor], bias: bool
@@ -69,14 +81,8 @@ def place_(
     Raises:
         FormatError: as `Layout.decode`.
     """
-    codes, scale, zero, order = layout.decode(stored)
-    scheme = replace(layout.scheme, symmetric=zero is None)
-    rows, columns = codes.shape
-    layer = QuantLinear(columns, rows, scheme, bias=bias, name=name, device="meta")
-    layer.codes = codes.contiguous() if scheme.bits == 8 else pack(codes, scheme.bits)
-    layer.scale = scale.contiguous()
-    layer.zero = None if zero is None else zero.contiguous()
-    layer.order, layer.storage = order, layout
+    layer = layout.layer(name, layout.decode(stored), bias)
+    layer.storage = layout
     replace_(model, name, layer)
     return layer
 

@@ -45,7 +45,7 @@ class SourceFormat(ABC):
 
     name: ClassVar[str]
     tunable: ClassVar[tuple[str, ...]]
-    marks: ClassVar[tuple[str, ...]]  # last parts of tensor names that tell a quantized layer
+    marks: ClassVar[tuple[str, ...]]  # ends of tensor names that tell a quantized layer
 
     @abstractmethod
     def detect(self, folder: Path) -> bool:
@@ -134,14 +134,19 @@ def _prefix(model: nn.Module, found: Mapping[str, Entry]) -> str:
 
 
 def _layers(own: Mapping[str, Entry], marks: tuple[str, ...]) -> dict[str, dict[str, Entry]]:
-    """The tensors of every quantized layer, by layer and last part of the name."""
+    """The tensors of every quantized layer, by layer and the rest of their names."""
     layers: dict[str, dict[str, Entry]] = {
-        name.rpartition(".")[0]: {} for name in own if name.rpartition(".")[2] in marks
+        name.removesuffix(f".{mark}"): {}
+        for name in own
+        for mark in marks
+        if name.endswith(f".{mark}")
     }
     for name, entry in own.items():
-        layer, _, part = name.rpartition(".")
-        if layer in layers:
-            layers[layer][part] = entry
+        dots = [k for k, letter in enumerate(name) if letter == "."]
+        for k in reversed(dots):
+            if name[:k] in layers:
+                layers[name[:k]][name[k + 1 :]] = entry
+                break
     return layers
 
 
