@@ -46,6 +46,7 @@ def header_of(bench: Bench) -> dict[str, Any]:
         "before": {k: v for k, v in bench.before.items() if math.isfinite(v)},
         "kind": bench.loaded.kind,
         "labels": list(bench.model.labels) if wrapped else None,  # type: ignore[union-attr,arg-type]
+        "head": list(bench.model.head.weight.shape) if wrapped else None,  # type: ignore[union-attr,arg-type]
         "adapters": {p: a.scaling for p, _, a in adapters(bench.model)
                      if f"{p}.{CHILD}.A" in bench.added},
         "stack": bench.evaluator.stack,
@@ -111,6 +112,8 @@ def place_added_(model: nn.Module, header: dict[str, Any], attached: Mapping[str
         b = held.pop(f"{path}.{CHILD}.B", None)
         zeros = a.new_zeros(sizes(layer)[1], a.shape[0])
         attach(layer, LowRank(a, zeros if b is None else b, scaling).to(device_of(layer)))
+    if header["head"] and header["head"][1] != model.head.in_features:  # type: ignore[union-attr]
+        model.widen_()  # type: ignore[operator]
     own = model.state_dict()
     for name, tensor in held.items():
         if name not in own or own[name].shape != tensor.shape:

@@ -18,6 +18,7 @@ from zotune.core.step import Tuner
 from zotune.errors import BadInput, JournalError
 from zotune.methods import records
 from zotune.models import Loaded, PooledClassifier, fingerprint
+from zotune.models.encoder import linear_of
 from zotune.training.folders import (
     from_module,
     load_model,
@@ -30,6 +31,7 @@ from zotune.training.journal import Journal
 from zotune.training.resume import replay_
 
 log = logging.getLogger("zotune")
+MAX_HEAD = 1 << 30  # numbers of a head that a journal may ask for
 
 
 def replay(
@@ -146,14 +148,12 @@ def _wrapped(loaded: Loaded, journal: Journal) -> nn.Module:
     labels = journal.header["labels"]
     if labels is None:
         return loaded.model
-    weight = journal.attached.get("head.weight")
-    if weight is None:
-        raise JournalError(f"{journal.path} names {len(labels)} labels but holds no head")
-    head = nn.Linear(weight.shape[1], len(labels), device="meta")  # draws no random numbers
-    head.weight = nn.Parameter(torch.zeros_like(weight))
-    head.bias = nn.Parameter(weight.new_zeros(len(labels)))
+    rows, columns = journal.header["head"]
+    if rows != len(labels) or not 0 < rows * columns < MAX_HEAD:
+        raise JournalError(f"{journal.path} names {len(labels)} labels but a head of {rows}")
     device = next(loaded.model.parameters()).device
-    return PooledClassifier(loaded.model, labels, head.to(device)).eval()
+    zeros = torch.zeros(rows, columns, device=device)
+    return PooledClassifier(loaded.model, labels, linear_of(zeros, zeros.new_zeros(rows))).eval()
 
 
 def read_record(text: str, kind: Any) -> Any:
