@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from toys import float_block, perturbations
 
 from zotune.core import nouns
+from zotune.core.low_rank import LowRank
 from zotune.core.noise import Key
 from zotune.core.perturbation import (
     Gaussian,
     Grid,
-    LowRank,
     Perturbation,
     Rademacher,
     Rounded,

@@ -222,8 +222,11 @@ class CodeBlock(Block):
     """The integer codes of a `QuantLinear`, moved by whole codes and clamped to their range.
 
     Coordinates are codes: a displacement of 1 is one grid step. Whole displacements stay int8,
-    so that integer kernels run; others are seen as fractional codes.
+    so that integer kernels run; others are seen as fractional codes. `moved` counts the codes that
+    updates have changed, for whoever watches a run.
     """
+
+    moved: int = field(default=0, init=False)
 
     @classmethod
     def of(cls, name: str, owner: Owner, **options: Any) -> CodeBlock:
@@ -270,6 +273,7 @@ class CodeBlock(Block):
             )
             down = down + (chance.view_as(step) * 0.5 + 0.5 < rest)
         moved = (codes.float() - down).clamp_(*self.limits).to(torch.int8)
+        self.moved += int((moved != codes).sum())
         stored.copy_(moved if bits == 8 else pack(moved, bits))
 
     def decay_(self, factor: float, key: Key) -> None:
