@@ -32,9 +32,10 @@ from zotune.core.backprop import Backprop, BackpropTuner
 from zotune.core.block import Block, CodeBlock
 from zotune.core.estimator import Estimator, OneSided, PerExample, TwoSided
 from zotune.core.evaluator import FunctionEvaluator, TorchEvaluator
+from zotune.core.grid import Rounded
 from zotune.core.method import Method
 from zotune.core.noise import Key
-from zotune.core.perturbation import Gaussian, Perturbation, Rademacher, Rounded
+from zotune.core.perturbation import Gaussian, Perturbation, Rademacher
 from zotune.core.probe import Probe
 from zotune.core.space import Space, tensors
 from zotune.core.spaces import SPACES

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zotune.core import noise, noise_cpu, noise_reference
-from zotune.core.noise import Key, combine_, draw, draw_rows, philox_key
+from zotune.core.noise import Key, combine_, draw, draw_rows, draw_whole, philox_key
 
 LAWS = ("gaussian", "uniform", "rademacher")
 law_of = st.sampled_from(LAWS)
@@ -68,6 +68,19 @@ def test_compiled_noise_equals_plain_torch_far_out_in_a_block(law: noise.Law, st
     assert torch.equal(fast, reference(law, key, "w", start, start + 300))
     for away in (2**32, 2**34, 2**39):  # where an index, or a counter, of 32 bits would wrap
         assert not torch.equal(fast, draw(law, key, "w", start + away, start + away + 300))
+
+
+@given(most=st.sampled_from((1, 2, 3, 15, 63, 127)), start=st.integers(0, 300),
+       n=st.integers(0, 300), lane=st.sampled_from((0, 70_000)))  # fmt: skip
+def test_whole_numbers_are_the_uniforms_laid_on_the_grid(
+    most: int, start: int, n: int, lane: int
+) -> None:
+    key = Key(5, step=1, query=2, lane=lane)
+    fast = draw_whole(most, key, "w", start, start + n)
+    truth = noise_reference.whole(reference("uniform", key, "w", start, start + n), most)
+    assert fast.dtype == torch.int8
+    assert torch.equal(fast.float(), truth)
+    assert n == 0 or -most <= int(fast.min()) <= int(fast.max()) <= most
 
 
 @given(law=law_of, n=st.integers(1, 9000), cuts=st.lists(st.integers(0, 9000), max_size=6))
@@ -179,10 +192,24 @@ def test_combine_is_the_weighted_sum_of_the_draws_in_order(
     for key, c in zip(keys, coefficients, strict=True):
         summed += c * draw(law, key, "w", start, start + n)  # float32, rounded after each operation
     combine_(total, law, keys, coefficients, "w", start)
-    # A compiler may fuse c * u + total into one rounding: at most an ulp of the largest term each.
-    largest = 0.5 + sum(abs(c) for c in coefficients) * 6
-    bound = 2 * len(keys) * largest * 2.0**-24
-    assert float((total - summed).abs().max()) <= bound
+    assert torch.equal(total, summed)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("start", [0, 1, 63, 64, 65, 2047, 2048, 2**32 - 65])
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 129, 2047, 2049, 4200])
+def test_whole_tiles_and_their_ends_equal_plain_torch_for_many_keys(
+    law: noise.Law, start: int, n: int
+) -> None:
+    """Ranges that begin or end at, before and after a plane of 64 or a tile of 2048 numbers."""
+    keys = [Key(6, step=2, query=j, lane=j % 5) for j in range(33)]
+    coefficients = [0.1 * (-1) ** j * j for j in range(33)]
+    truth = [reference(law, key, "w", start, start + n) for key in keys]
+    assert torch.equal(draw_rows(law, keys, "w", [start] * 33, n), torch.stack(truth))
+    total, summed = torch.full((n,), 0.5), torch.full((n,), 0.5)
+    for c, u in zip(coefficients, truth, strict=True):
+        summed += c * u
+    assert torch.equal(combine_(total, law, keys, coefficients, "w", start), summed)
 
 
 @given(law=law_of, n=st.integers(2, 5000), cut=st.integers(1, 4999))
@@ -208,6 +235,7 @@ def test_the_number_of_threads_changes_no_bit(law: noise.Law) -> None:
             draw(law, Key(4), "w", 3, n),
             draw_rows(law, [Key(4, lane=b) for b in range(5)], "w", [0] * 5, 70_001),
             combine_(torch.zeros(n), law, keys, c, "w", 1),
+            draw_whole(3, Key(4), "w", 3, n),
         ]
 
     one = everything()
@@ -241,5 +269,6 @@ def test_a_gpu_draws_the_numbers_of_the_cpu(law: noise.Law) -> None:
 
 def test_an_empty_draw_is_empty() -> None:
     assert draw("gaussian", Key(0), "w", 5, 5).shape == (0,)
+    assert draw_whole(1, Key(0), "w", 5, 5).shape == (0,)
     assert draw_rows("uniform", [Key(0), Key(1)], "w", [0, 9], 0).shape == (2, 0)
     assert combine_(torch.zeros(0), "gaussian", [Key(0)], [1.0], "w").shape == (0,)

@@ -14,19 +14,20 @@ from hypothesis import strategies as st
 from toys import float_block, perturbations
 
 from zotune.core import nouns
+from zotune.core.block import CodeBlock, Owner
+from zotune.core.grid import Grid, Rounded
 from zotune.core.low_rank import LowRank
-from zotune.core.noise import Key
+from zotune.core.noise import Key, draw
 from zotune.core.perturbation import (
     Gaussian,
-    Grid,
     Perturbation,
     Rademacher,
-    Rounded,
     Sparse,
     Sphere,
     Uniform,
 )
 from zotune.errors import BadInput
+from zotune.quant import QuantLinear, Scheme
 
 LAWS = [*perturbations(), LowRank(3), Sparse(0.5), Grid(2.0), Grid(3.0, density=0.5), Rounded(8)]
 ISOTROPIC = [Gaussian(), Rademacher(), Uniform(), Sphere(), Sparse(0.5), LowRank(1), LowRank(3)]
@@ -58,6 +59,37 @@ def test_runs_of_rows_are_rows_of_the_whole(
         assert torch.allclose(torch.cat(parts), whole, rtol=1e-6, atol=1e-6)
         rows = [shape[0] - 1, 0, cut % shape[0]]
         assert torch.allclose(law.draw_rows(key, block, rows), whole[rows], rtol=1e-6, atol=1e-6)
+
+
+@given(law=law_of, shape=shape_of)
+def test_a_displacement_is_the_direction_as_it_is_drawn(
+    law: Perturbation, shape: tuple[int, ...]
+) -> None:
+    block, key = float_block("w", *shape), Key(1, step=2)
+    u = law.displacement(key, block)
+    assert u.dtype == (torch.int8 if isinstance(law, Grid) else torch.float32)
+    assert torch.equal(u.float(), law.draw(key, block))
+
+
+@given(radius=st.sampled_from((1.0, 3.7, 127.0, 128.0, 500.0)), density=st.sampled_from((1.0, 0.3)),
+       relative=st.booleans())  # fmt: skip
+def test_grid_directions_are_the_published_uniforms_whatever_their_dtype(
+    radius: float, density: float, relative: bool
+) -> None:
+    """Few codes or many, one M for all or one per row: a restatement in float32."""
+    layer = QuantLinear(33, 7, Scheme.parse("int8-channel"))
+    layer.scale.copy_(torch.logspace(-4, -1, 7).view(7, 1))
+    block = CodeBlock.of("w", Owner("w", layer, "codes"))
+    key, name = Key(1, step=2), block.name
+    most = torch.tensor(radius // 1)
+    if not relative:
+        most = (radius * 1e-3 / layer.scale).floor().clamp_min(1.0)
+    law = Grid(radius if relative else radius * 1e-3, relative, density)
+    uniform = draw("uniform", key, name, 0, block.numel).view(block.shape) * 0.5 + 0.5
+    moved = draw("uniform", key, f"{name}#mask", 0, block.numel).view(block.shape) * 0.5 + 0.5
+    truth = ((uniform * (2 * most + 1)).floor() - most) * (moved < density)
+    assert torch.equal(law.draw(key, block), truth)
+    assert torch.equal(law.displacement(key, block).float(), truth)
 
 
 @given(law=law_of, shape=shape_of, lanes=st.integers(1, 5))

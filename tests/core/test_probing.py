@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from zotune.core import forwards, sites
 from zotune.core.block import Block, FloatBlock, Owner
+from zotune.core.grid import Grid
 from zotune.core.low_rank import LowRank
 from zotune.core.noise import Key
 from zotune.core.perturbation import Gaussian, Perturbation, Rademacher, Sparse, Sphere
 from zotune.core.probe import Probe
 from zotune.core.sites import Site, StackingError, View, probing, sites_of
-from zotune.core.spaces import Codes, Scales, Zeros
+from zotune.core.spaces import Biases, Codes, Scales, Zeros
 from zotune.errors import ZotuneError
 from zotune.models import adapter
-from zotune.quant import QuantLinear, Scheme
+from zotune.quant import QuantLinear, Scheme, kernels
+from zotune.quant.kernels import cpu
 
 # Largest difference over largest value: the rounding of the dtype, a few operations deep.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -253,6 +255,123 @@ def test_quantized_layers(
     assert close(fast(module, blocks, view, x, use=False), truth, worst)
 
 
+# ---- slices of one output ------------------------------------------------------------
+
+
+@settings(max_examples=80)
+@given(probes=probe_lists(), shape=shapes, dtype=dtype_of, bias=st.booleans(),
+       tuned=st.sampled_from((("weight",), ("weight", "bias"), ("bias",))))  # fmt: skip
+def test_linear_slices_are_the_generic_ones_bit_for_bit(
+    probes: list[Probe], shape: Any, dtype: torch.dtype, bias: bool, tuned: tuple[str, ...]
+) -> None:
+    examples, k, tokens, width, out = shape
+    module = filled_(nn.Linear(width, out, bias=bias or "bias" in tuned)).to(dtype)
+    blocks = float_blocks(module, tuned)
+    probes = [Probe(p.key, p.step) for p in probes]
+    view = View(probes, examples, Gaussian(), 0, len(probes) * examples * k)
+    x = inputs(view.rows, tokens, width, dtype, 1)
+    assert torch.equal(fast(module, blocks, view, x), fast(module, blocks, view, x, use=False))
+
+
+@settings(max_examples=120)
+@given(probes=probe_lists(), shape=shapes, dtype=dtype_of, bias=st.booleans(),
+       scheme=st.sampled_from(("int4-g2", "int4-g2-asym", "int8-channel", "int8-channel-a8",
+                               "int8-tensor-asym-a8", "int4-g2-a8", "int3-channel-a8")),
+       compute=st.sampled_from((None, torch.bfloat16, torch.float32)),
+       space=st.sampled_from((Scales(), Codes(), Zeros(), Biases(), Codes() + Scales())),
+       law=st.sampled_from((Gaussian(), Grid(2.0))), eps=st.sampled_from((0.3, 1.0)))  # fmt: skip
+def test_quantized_slices_are_the_generic_ones_bit_for_bit(
+    probes: list[Probe], shape: Any, dtype: torch.dtype, bias: bool, scheme: str,
+    compute: torch.dtype | None, space: Any, law: Perturbation, eps: float,
+) -> None:  # fmt: skip
+    """Whole codes and fractional ones, groups and channels, at base points and away from them."""
+    examples, k, tokens, width, out = shape
+    scheme = "int4-g2-asym" if isinstance(space, Zeros) else scheme
+    source = filled_(nn.Linear(2 * width, out, bias=bias or isinstance(space, Biases)))
+    module = QuantLinear.from_linear(source, Scheme.parse(scheme))  # type: ignore[arg-type]
+    module.compute_dtype = compute
+    if space == Scales() and module.zero is None and module.scale.shape[1] == 1:
+        return  # scales of rows have a faster way, which is close, not equal
+    built = space.build(nn.Sequential(module.to(dtype)))
+    built.bind_(0.3, 1.0, "relative")
+    probes = [Probe(p.key, p.step / 0.3 * eps, p.per_example) for p in probes]
+    view = View(probes, examples, law, 0, len(probes) * examples * k)
+    x = inputs(view.rows, tokens, 2 * width, dtype, 1)
+    blocks = built.blocks
+    assert torch.equal(fast(module, blocks, view, x), fast(module, blocks, view, x, use=False))
+
+
+@pytest.mark.parametrize("scheme", ["fp4-g2", "fp8-channel", "fp8-channel-a8", "fp8-g2"])
+def test_slices_of_layers_whose_codes_are_floats_are_the_generic_ones(scheme: str) -> None:
+    module = QuantLinear(8, 5, Scheme.parse(scheme))
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(0, 256, module.codes.shape, generator=generator, dtype=torch.uint8)
+    if module.codes.dtype != torch.uint8:
+        numbers = (numbers.float() / 128 - 1).to(module.codes.dtype)
+    module.codes.copy_(numbers)
+    module.scale.copy_(torch.rand(module.scale.shape, generator=generator) + 0.1)
+    filled_(module)
+    built = (Biases() + Scales()).build(nn.Sequential(module))
+    built.bind_(0.3, 1.0, "relative")
+    view = View([Probe(Key(1), s) for s in (0.3, -0.3, 0.0)], 2, Gaussian(), 0, 6)
+    x = inputs(6, 3, 8, torch.float32, 0)
+    slices = fast(module, built.blocks, view, x)
+    assert torch.equal(slices, fast(module, built.blocks, view, x, use=False))
+    assert slices.isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["int8-channel-a8", "int4-g2-a8"])
+def test_inputs_of_all_parts_are_quantized_once(
+    monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    rows: list[int] = []
+
+    def counted(x: Tensor) -> tuple[Tensor, Tensor]:
+        rows.append(len(x))
+        return quantize_rows(x)
+
+    quantize_rows = cpu.quantize_rows
+    monkeypatch.setattr(cpu, "quantize_rows", counted)
+    module = QuantLinear.from_linear(filled_(nn.Linear(6, 5)), Scheme.parse(scheme))  # type: ignore[arg-type]
+    built = Codes().build(nn.Sequential(module))
+    built.bind_(1.0, 1.0, "relative")
+    view = View([Probe(Key(1), s) for s in (1.0, -1.0)], 2, Grid(), 0, 4)
+    fast(module, built.blocks, view, inputs(4, 3, 6, torch.float32, 0))
+    assert rows == [12]
+
+
+@pytest.mark.parametrize("kind", ["linear", "quantized"])
+def test_what_slices_cannot_do_is_left_to_the_generic_forward(kind: str) -> None:
+    """Strided inputs, a wrapper around the forward, gradients, autocast, another kernel."""
+    source = filled_(nn.Linear(6, 5))
+    module: nn.Module = source
+    blocks: Sequence[Block] = float_blocks(source, ["weight"])
+    if kind == "quantized":
+        module = QuantLinear.from_linear(source, Scheme.parse("int4-g2"))  # type: ignore[arg-type]
+        built = Scales().build(nn.Sequential(module))
+        built.bind_(0.3, 1.0, "relative")
+        blocks = built.blocks
+    view = View([Probe(Key(1), s) for s in (0.3, -0.3)], 2, Gaussian(), 0, 4)
+    x = inputs(4, 3, 6, torch.float32, 0)
+    truth = fast(module, blocks, view, x, use=False)
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert close(fast(module, blocks, view, strided), truth)
+    assert fast(module, blocks, view, x[:, :0]).shape == (4, 0, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert close(fast(module, blocks, view, x).float(), truth, 3e-2)
+    with kernels.force("reference"):
+        assert close(fast(module, blocks, view, x), truth)
+    with probing(sites_of(blocks), view):
+        asked = x.clone().requires_grad_()
+        module(asked).sum().backward()
+    assert asked.grad is not None
+    calls: list[int] = []
+    own = type(module).forward
+    module.forward = lambda x: calls.append(len(x)) or own(module, x)  # type: ignore[method-assign, func-returns-value]
+    assert torch.equal(fast(module, blocks, view, x), truth)
+    assert calls == [2, 2]
+
+
 def test_a_product_with_whole_codes_does_not_overflow_half_precision() -> None:
     """127 codes x large activations x many columns: beyond 65504 before the scale comes."""
     module = QuantLinear.from_linear(filled_(nn.Linear(256, 3)), Scheme.parse("int8-channel"))  # type: ignore[arg-type]
@@ -291,8 +410,12 @@ def test_the_fast_forwards_are_taken_where_they_should(monkeypatch: pytest.Monke
     table = filled_(nn.Embedding(9, 6))
     ids = torch.arange(4).view(4, 1)
     fast(table, float_blocks(table, ["weight"]), View(pair, 2, Gaussian(), 0, 4), ids)
+    fast(head, float_blocks(head, ["weight"]), View(pair, 2, Gaussian(), 0, 4), x)
+    for scheme, space in (("int4-g2", Scales()), ("int8-channel-a8", Codes())):
+        layer = QuantLinear.from_linear(head, Scheme.parse(scheme))  # type: ignore[arg-type]
+        fast(layer, space.build(nn.Sequential(layer)).blocks, View(pair, 2, Gaussian(), 0, 4), x)
     with pytest.raises(AssertionError, match="generic"):
-        fast(head, float_blocks(head, ["weight"]), View(pair, 2, Gaussian(), 0, 4), x)
+        fast(head, float_blocks(head, ["weight"]), View(pair[:1], 2, Gaussian(), 0, 2), x[:2])
 
 
 def test_large_layers_fall_back_to_slices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,7 @@ WITH: dict[str, dict[str, Any]] = {
     **{o: {"flat": 0, "anneal": 2} for o in ("alpha", "b1", "b2", "flat", "anneal")},
 }  # fmt: skip
 GRID = {"lr": 9.0, "eps": 2.0}  # ZOQO counts whole codes, so small differences are none
-OTHER: dict[str, tuple[Any, ...]] = {
+OTHER: dict[str, tuple[Any, ...]] = {"schedule": ("linear", "cosine"), 
     "directions": ("example", "one-sided"), "eps": (0.7, 5.0), "delta": (1e-4,),
     "targets": ("up",),
 }  # fmt: skip

@@ -23,8 +23,9 @@ from toys import batch, small
 from zotune import methods
 from zotune.core import noise, spaces
 from zotune.core.evaluator import TorchEvaluator
+from zotune.core.grid import Grid, Rounded
 from zotune.core.noise import Key
-from zotune.core.perturbation import Gaussian, Grid, Rounded
+from zotune.core.perturbation import Gaussian
 from zotune.core.space import Space, tensors
 from zotune.core.step import Tuner
 from zotune.quant import QuantLinear

@@ -280,3 +280,55 @@ def test_the_input_and_the_layer_are_left_alone() -> None:
         cpu.linear(x, **arguments)
         after = [v for v in (x, *arguments.values()) if isinstance(v, Tensor)]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    "text", ["int4-g8", "int3-g12-asym", "int2-g7", "int8-g9-asym", "int4-g8-a8"]
+)
+@pytest.mark.parametrize("columns", [1, 10, 29, 64])
+@pytest.mark.parametrize("kind", ["packed", "codes", "fractions"])
+def test_the_last_group_may_be_shorter(text: str, columns: int, kind: str) -> None:
+    scheme, generator = Scheme.parse(text), torch.Generator().manual_seed(columns)
+    shape = scheme.scale_shape(6, columns)
+    codes = torch.randint(scheme.lowest, scheme.highest, (6, columns), generator=generator)
+    scale = torch.rand(shape, generator=generator) + 0.1
+    zero = None if scheme.symmetric else torch.randn(shape, generator=generator)
+    assert scheme.group_size
+    group = torch.arange(columns) // scheme.group_size
+    weight = codes.double() - (0 if zero is None else zero.double()[:, group])
+    weight *= scale.double()[:, group]
+    held = codes.to(torch.int8)
+    torch.testing.assert_close(
+        dequantize(held, scale, zero, scheme.group_size).double(), weight, rtol=1e-6, atol=1e-6
+    )
+    given = {"packed": pack(held, scheme.bits), "codes": held, "fractions": held.float()}[kind]
+    x = inputs(4, columns)
+    slow = reference.linear(x, given, scale, zero, None, scheme)
+    assert_close(cpu.linear(x, given, scale, zero, None, scheme), slow, torch.float32)
+    if scheme.act_bits is None:
+        torch.testing.assert_close(slow.double(), x.double() @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_four_bit_floats_are_looked_up(name: str) -> None:
+    scheme = Scheme.parse("fp4-g4")
+    codes = torch.arange(-8, 8, dtype=torch.int8).reshape(2, 8)
+    scale = torch.tensor([[1.0, 2.0], [1.0, 0.5]])
+    weight = torch.tensor([[0, 0.5, 1, 1.5, 4, 6, 8, 12], [0, -0.5, -1, -1.5, -1, -1.5, -2, -3]])
+    with kernels.force(name):
+        found = kernels.linear(torch.eye(8), pack(codes, 4), scale, None, None, scheme)
+    assert torch.equal(found, weight.t())
+
+
+@given(rows=st.integers(0, 4), columns=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_float_activations_are_within_half_a_step_of_e4m3(
+    rows: int, columns: int, seed: int
+) -> None:
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 5
+    rounded = kernels.fake_quantize_float(x)
+    step = torch.maximum(x.abs() / 16, x.abs().amax(-1, keepdim=True) / 448 * 2**-9)
+    assert ((rounded - x).abs() <= step * 1.001).all()
+    assert torch.equal(kernels.fake_quantize_float(torch.zeros(2, 3)), torch.zeros(2, 3))
+    grad = x.clone().requires_grad_()
+    kernels.fake_quantize_float(grad).sum().backward()
+    assert torch.equal(grad.grad, torch.ones_like(x))

@@ -179,3 +179,30 @@ def test_a_quantized_model_has_nothing_left_to_quantize() -> None:
     quantize_model_(model, "int4-g8")
     with pytest.raises(BadInput, match="no layer to quantize"):
         quantize_model_(model, "int4-g8")
+
+
+@pytest.mark.parametrize("text", ["int4-g8", "int3-g8-asym", "int8-g8", "int4-g8-a8"])
+def test_columns_out_of_order_give_the_weight_of_those_in_order(text: str) -> None:
+    plain = QuantLinear.from_linear(linear(), Scheme.parse(text))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
+    layer = QuantLinear(16, 6, plain.scheme, ordered=True)
+    assert layer.order is not None
+    assert torch.equal(layer(ones_to(16)), layer(ones_to(16)[:, layer.order.long()]))
+    layer.load_state_dict({**plain.state_dict(), "order": order.int()})
+    wanted = torch.empty(6, 16)
+    wanted[:, order] = plain.dequantize()
+    assert torch.equal(layer.dequantize(), wanted)
+    x = ones_to(16)
+    assert torch.equal(layer(x), plain(x[:, order]))
+    assert torch.equal(copy.deepcopy(layer).to(torch.bfloat16).order, layer.order)
+
+
+def test_float_schemes_have_no_zeros_and_are_not_made_here() -> None:
+    with pytest.raises(BadInput, match="kind='fp' has no zero points"):
+        Scheme.parse("fp4-g16-asym")
+    with pytest.raises(BadInput, match="bits=3 of kind='fp' is not supported"):
+        Scheme.parse("fp3-channel")
+    with pytest.raises(BadInput, match="scheme fp8-channel is read from checkpoints only"):
+        QuantLinear.from_linear(linear(), Scheme.parse("fp8-channel"))
+    assert str(Scheme.parse("fp8-channel-a8")) == "fp8-channel-a8"
+    assert QuantLinear(16, 6, Scheme.parse("fp8-channel")).codes.dtype == torch.float8_e4m3fn

@@ -51,7 +51,11 @@ def formats() -> Rows:
     from zotune.quant.formats import formats as known
 
     return [
-        {"name": name, "summary": (inspect.getdoc(format) or "").split("\n")[0]}
+        {
+            "name": name,
+            "summary": (inspect.getdoc(format) or "").split("\n")[0],
+            "tunable": list(format.tunable),
+        }
         for name, format in known().items()
     ]
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from zotune.core import noise
+from zotune.core.codes import shifted, stepped
 from zotune.core.noise import Key
 from zotune.errors import BadInput
+from zotune.quant.affine import per_weight
 from zotune.quant.linear import QuantLinear
 from zotune.quant.packing import pack, unpack
 
@@ -232,6 +234,11 @@ class CodeBlock(Block):
     def of(cls, name: str, owner: Owner, **options: Any) -> CodeBlock:
         module = owner.module
         assert isinstance(module, QuantLinear)
+        if module.scheme.kind != "int":
+            raise BadInput(
+                f"codes of {owner.path!r} are floats ({module.scheme}), which do not move by whole "
+                "steps; tune its scales"
+            )
         shape = (module.out_features, module.in_features)
         return cls(name, shape, module.codes.device, (owner,), **options)
 
@@ -248,15 +255,10 @@ class CodeBlock(Block):
 
     @property
     def grid(self) -> Tensor:
-        scale: Tensor = self.module.scale
-        if scale.shape[1] > 1:
-            return scale.repeat_interleave(self.shape[1] // scale.shape[1], dim=1)
-        return scale
+        return per_weight(self.module.scale, self.shape[1], self.module.scheme.group_size)
 
     def at(self, u: Tensor, step: float) -> Tensor:
-        moved = self.value() + (step * self.reach) * u
-        moved.clamp_(*self.limits)
-        return moved if _fractional(moved) else moved.to(torch.int8)
+        return shifted(self.value(), u, step * self.reach, *self.limits)
 
     def value(self) -> Tensor:
         return self.module.unpacked()
@@ -265,14 +267,14 @@ class CodeBlock(Block):
         bits, columns = self.module.scheme.bits, self.shape[1]
         stored = self.module.codes[start:stop]
         codes = stored if bits == 8 else unpack(stored, bits, columns)
-        down = step.floor()
-        rest = step - down
-        if bool(rest.any()):
+        moved, whole = stepped(codes, step, *self.limits)
+        if not whole:
             chance = noise.draw(
                 "uniform", key, f"{self.name}#round", start * columns, stop * columns, step.device
             )
-            down = down + (chance.view_as(step) * 0.5 + 0.5 < rest)
-        moved = (codes.float() - down).clamp_(*self.limits).to(torch.int8)
+            down = step.floor()
+            down += chance.view_as(step) * 0.5 + 0.5 < step - down
+            moved, _ = stepped(codes, down, *self.limits)
         self.moved += int((moved != codes).sum())
         stored.copy_(moved if bits == 8 else pack(moved, bits))
 
@@ -287,7 +289,3 @@ class CodeBlock(Block):
 
     def load_(self, state: Tensor) -> None:
         self.module.codes.copy_(state)
-
-
-def _fractional(value: Tensor) -> bool:
-    return bool((value != value.round()).any())

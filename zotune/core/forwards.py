@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.core.block import Block, FloatBlock
-from zotune.core.sites import Site, View, probed, rows_per_part
+from zotune.core.sites import Part, Site, View, probed, rows_per_part
 from zotune.models.adapter import LowRank
 from zotune.quant import kernels
 from zotune.quant.linear import QuantLinear
@@ -33,6 +33,26 @@ def values(view: View, block: Block) -> Tensor:
 def by_part(view: View, x: Tensor, each: int) -> Tensor:
     """(parts * each, ..., features) -> (parts, tokens of a part, features)."""
     return x.reshape(len(view.parts), -1, x.shape[-1])
+
+
+def _at(site: Site, view: View, part: Part, attribute: str) -> Any:
+    """What the rows of `part` see under a name of the module: a block's value, or its own."""
+    block = site.blocks.get(attribute)
+    return getattr(site.module, attribute) if block is None else view.value(block, part)
+
+
+def _sliceable(site: Site, x: Tensor) -> bool:
+    """Whether slices of one output can take the place of outputs put together."""
+    tensors = (x, *site.module.parameters())
+    return (
+        not site.wrapped
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and x.device.type == "cpu"
+        and x.dim() > 1
+        and x.numel() > 0
+        and x.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _too_large(view: View, site: Site) -> bool:
@@ -80,8 +100,8 @@ def low_rank(site: Site, view: View, x: Tensor) -> Any:
 
 @probed(nn.Linear)
 def linear(site: Site, view: View, x: Tensor) -> Any:
-    """Low-rank directions beside one product with the weight, which is never perturbed. Others,
-    per example on a small layer (a head): one batched product."""
+    """Low-rank directions beside one product with the weight, which is never perturbed. Others:
+    per example on a small layer (a head) one batched product, else part by part."""
     module = site.module
     assert isinstance(module, nn.Linear)
     each = rows_per_part(site, view, len(x))
@@ -89,13 +109,13 @@ def linear(site: Site, view: View, x: Tensor) -> Any:
         return NotImplemented
     parts = by_part(view, x, each)
     factors = _factors(view, site.blocks.get("weight"))
+    if factors is None and (not view.lanes or _too_large(view, site)):
+        return _linear_parts(site, view, x, each)
     if factors is not None:
         left, right, steps = factors
         left = left * torch.tensor(steps, device=x.device).view(-1, 1, 1)
         hidden = parts @ right.to(x.dtype).mT
         out = F.linear(parts, module.weight).baddbmm_(hidden, left.to(x.dtype).mT)
-    elif not view.lanes or _too_large(view, site):
-        return NotImplemented
     elif "weight" in site.blocks:
         out = parts @ values(view, site.blocks["weight"]).mT
     else:
@@ -105,6 +125,21 @@ def linear(site: Site, view: View, x: Tensor) -> Any:
     elif module.bias is not None:
         out = out + module.bias
     return out.view(*x.shape[:-1], module.out_features)
+
+
+def _linear_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
+    from zotune.quant.kernels import parts
+
+    module = site.module
+    assert isinstance(module, nn.Linear)
+    if len(view.parts) == 1 or not _sliceable(site, x):
+        return NotImplemented
+    out = x.new_empty(*x.shape[:-1], module.out_features)
+    rows = zip(view.parts, by_part(view, x, each), by_part(view, out, each), strict=True)
+    for part, source, target in rows:
+        weight, bias = _at(site, view, part, "weight"), _at(site, view, part, "bias")
+        parts.product_(target, source, weight, bias)
+    return out
 
 
 @probed(nn.LayerNorm)
@@ -163,14 +198,14 @@ def _embedded_lanes(view: View, block: FloatBlock, ids: Tensor) -> Any:
 
 @probed(QuantLinear)
 def quant_linear(site: Site, view: View, x: Tensor) -> Any:
-    """Scales per output channel: one product with the codes serves all parts."""
+    """Scales per output channel: one product with the codes serves all parts. Else part by part."""
     module = site.module
     assert isinstance(module, QuantLinear)
-    if set(site.blocks) != {"scale"} or module.zero is not None or module.scale.shape[1] != 1:
-        return NotImplemented
     each = rows_per_part(site, view, len(x))
     if not each:
         return NotImplemented
+    if set(site.blocks) != {"scale"} or module.zero is not None or module.scale.shape[1] != 1:
+        return _quant_parts(site, view, x, each)
     scale = values(view, site.blocks["scale"]).mT  # (parts, 1, out or 1)
     out = by_part(view, _times_codes(x, module), each) * scale
     if module.bias is not None:
@@ -178,10 +213,33 @@ def quant_linear(site: Site, view: View, x: Tensor) -> Any:
     return out.view(*x.shape[:-1], -1).to(x.dtype)
 
 
+def _quant_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
+    from zotune.quant.kernels import parts
+
+    module = site.module
+    assert isinstance(module, QuantLinear)
+    if len(view.parts) == 1 or not _sliceable(site, x):
+        return NotImplemented
+    if kernels.chosen(x, module.scale, module.zero, module.bias) != "cpu":
+        return NotImplemented
+    # Codes that are numbers of a table are looked up once for all parts.
+    own = module.codes if module.scheme.kind == "int" else module.unpacked()
+    points = (
+        parts.Point(
+            _at(site, view, part, "codes") if "codes" in site.blocks else own,
+            *(_at(site, view, part, name) for name in ("scale", "zero", "bias")),
+        )
+        for part in view.parts
+    )
+    inputs = by_part(view, module.inputs(x), each)
+    out = parts.linear(inputs, points, module.out_features, module.scheme, module.compute_dtype)
+    return out.view(*x.shape[:-1], -1)
+
+
 def _times_codes(x: Tensor, module: QuantLinear) -> Tensor:
     """x @ codes^T in float32 (times the activations' own scales), before any weight scale."""
-    codes = module.unpacked()
-    if module.scheme.act_bits == 8 and codes.dtype == torch.int8:
+    codes, x = module.unpacked(), module.inputs(x)
+    if module.scheme.integer_inputs and codes.dtype == torch.int8:
         product, x_scale = kernels.int8_product(x.reshape(-1, x.shape[-1]), codes)
         return product * x_scale
     dtype = module.compute_dtype or x.dtype

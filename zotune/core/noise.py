@@ -133,6 +133,33 @@ def draw_rows(
     return out
 
 
+def draw_whole(
+    most: int, key: Key, name: str, start: int, stop: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Whole numbers uniform on {-most, ..., most}, most <= 127, as int8 of shape (stop - start,).
+
+    They are the uniforms of the same key and name, laid on the grid.
+
+    >>> sorted(set(draw_whole(2, Key(0), "w", 0, 100).tolist()))
+    [-2, -1, 0, 1, 2]
+    """
+    device = torch.device(device)
+    if device.type != "cpu":
+        u = draw("uniform", key, name, start, stop, device)
+        return reference.whole(u, most).to(torch.int8)
+    from zotune.core import noise_cpu
+
+    out = torch.empty(stop - start, dtype=torch.int8)
+    view, stream = out.numpy(), np.array(key.stream, np.uint32)
+    seed_array = _philox_key_array(key.seed, name)
+    parallel_ranges(
+        lambda lo, hi: noise_cpu.whole(view[lo:hi], most, start + lo, stream, seed_array),
+        len(out),
+        _GRAIN,
+    )
+    return out
+
+
 def combine_(
     out: Tensor,
     law: Law,

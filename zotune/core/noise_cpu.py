@@ -2,7 +2,8 @@
 
 Every kernel is the same loop over *tiles*. A tile is 16 consecutive Philox counters, that is 64
 words of 32 bits, kept planar (word 0 of all counters, then word 1, ...) so that each inner loop
-runs over 16 independent lanes and the compiler turns it into vector instructions. `noise.py`
+runs over 16 independent lanes and the compiler turns it into vector instructions. Words become
+numbers 64 at a time, straight into the output unless they stick out of it. `noise_reference.py`
 holds the same arithmetic in plain torch; the two agree bit for bit, because every operation here
 is an exactly rounded IEEE one (no fast-math, no fused multiply-add) in the same order.
 """
@@ -23,9 +24,11 @@ _32 = np.uint64(32)
 _f = np.float32
 
 _compiled: Any = njit(nogil=True, cache=True)
+# Called out of line, the loops below are not turned into vector instructions.
+_inlined: Any = njit(nogil=True, cache=True, forceinline=True)
 
 
-@_compiled
+@_inlined
 def _philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     """Ten rounds of Philox4x32 on 64-bit lanes that hold 32-bit values."""
     for _ in range(10):
@@ -52,7 +55,7 @@ def philox(counter, key):  # type: ignore[no-untyped-def]
     return out
 
 
-@_compiled
+@_inlined
 def _words(words, tile, stream, key):  # type: ignore[no-untyped-def]
     """Fill `words` (64 uint32) with tile number `tile` of a stream (lane, step, query)."""
     first = np.uint64(tile) * np.uint64(COUNTERS)
@@ -68,7 +71,7 @@ def _words(words, tile, stream, key):  # type: ignore[no-untyped-def]
         words[3 * COUNTERS + j] = np.uint32(d)
 
 
-@_compiled
+@_inlined
 def _gaussian_pair(a, b):  # type: ignore[no-untyped-def]
     """Box-Muller: two words to two standard normals (polynomials after Cephes, error < 1e-6)."""
     uniform = _f(np.int32(a >> np.uint32(8)) + np.int32(1)) * _f(5.9604644775390625e-08)
@@ -112,7 +115,7 @@ def _gaussian_pair(a, b):  # type: ignore[no-untyped-def]
     return radius * cosine, radius * sine
 
 
-@_compiled
+@_inlined
 def _gaussian(out, words):  # type: ignore[no-untyped-def]
     for j in range(COUNTERS):
         out[j], out[COUNTERS + j] = _gaussian_pair(words[j], words[COUNTERS + j])
@@ -122,60 +125,93 @@ def _gaussian(out, words):  # type: ignore[no-untyped-def]
         )
 
 
-@_compiled
+@_inlined
 def _uniform(out, words):  # type: ignore[no-untyped-def]
     for j in range(WORDS):
         out[j] = _f(np.int32(words[j] >> np.uint32(8))) * _f(1.1920928955078125e-07) - _f(1.0)
 
 
-@_compiled
-def _rademacher(out, words):  # type: ignore[no-untyped-def]
-    for bit in range(32):
-        for j in range(WORDS):
-            sign = (words[j] >> np.uint32(bit)) & np.uint32(1)
-            out[bit * WORDS + j] = _f(1.0) - _f(2.0) * _f(np.int32(sign))
+@_inlined
+def _rademacher(out, words, bit):  # type: ignore[no-untyped-def]
+    for j in range(WORDS):
+        sign = (words[j] >> np.uint32(bit)) & np.uint32(1)
+        out[j] = _f(1.0) - _f(2.0) * _f(np.int32(sign))
 
 
-@_compiled
-def _tile(out, words, law):  # type: ignore[no-untyped-def]
+@_inlined
+def _whole(out, words, most):  # type: ignore[no-untyped-def]
+    for j in range(WORDS):
+        u = _f(np.int32(words[j] >> np.uint32(8))) * _f(5.9604644775390625e-08)
+        out[j] = np.int8(np.int32(np.int32(u * _f(2 * most + 1)) - np.int32(most)))
+
+
+@_inlined
+def _numbers(out, words, law, plane):  # type: ignore[no-untyped-def]
+    """64 numbers from the 64 words of a tile; a rademacher's tile has 32 such planes."""
     if law == 0:
         _gaussian(out, words)
     elif law == 1:
         _uniform(out, words)
     else:
-        _rademacher(out, words)
+        _rademacher(out, words, plane)
 
 
 @_compiled
 def rows(out, law, size, starts, streams, key):  # type: ignore[no-untyped-def]
     """out[k, i] = u_k[starts[k] + i], by law number, `size` numbers to a tile."""
-    words, tile_out = np.empty(WORDS, np.uint32), np.empty(size, np.float32)
+    words, edge = np.empty(WORDS, np.uint32), np.empty(WORDS, np.float32)
     n = out.shape[1]
     for k in range(out.shape[0]):
-        start = starts[k]
+        row, start = out[k], starts[k]
         for tile in range(start // size, (start + n + size - 1) // size):
             _words(words, tile, streams[k], key)
-            _tile(tile_out, words, law)
-            at = tile * size - start
-            low, high = max(0, -at), min(size, n - at)
-            for j in range(low, high):
-                out[k, at + j] = tile_out[j]
+            for plane in range(size // WORDS):
+                at = tile * size + plane * WORDS - start
+                if at >= 0 and at + WORDS <= n:
+                    _numbers(row[at : at + WORDS], words, law, plane)
+                elif at > -WORDS and at < n:
+                    _numbers(edge, words, law, plane)
+                    for j in range(max(0, -at), min(WORDS, n - at)):
+                        row[at + j] = edge[j]
 
 
 @_compiled
 def combine(out, law, size, start, streams, key, coefficients):  # type: ignore[no-untyped-def]
     """out[i] += sum_k coefficients[k] * u_k[start + i], in the order of k."""
-    words, tile_out = np.empty(WORDS, np.uint32), np.empty(size, np.float32)
+    words, u = np.empty(WORDS, np.uint32), np.empty(WORDS, np.float32)
     n = out.shape[0]
     for tile in range(start // size, (start + n + size - 1) // size):
-        at = tile * size - start
-        low, high = max(0, -at), min(size, n - at)
         for k in range(streams.shape[0]):
             _words(words, tile, streams[k], key)
-            _tile(tile_out, words, law)
             c = coefficients[k]
-            for j in range(low, high):
-                out[at + j] += c * tile_out[j]
+            for plane in range(size // WORDS):
+                at = tile * size + plane * WORDS - start
+                if at <= -WORDS or at >= n:
+                    continue
+                _numbers(u, words, law, plane)
+                if at >= 0 and at + WORDS <= n:
+                    inside = out[at : at + WORDS]
+                    for j in range(WORDS):
+                        inside[j] += c * u[j]
+                else:
+                    for j in range(max(0, -at), min(WORDS, n - at)):
+                        out[at + j] += c * u[j]
+
+
+@_compiled
+def whole(out, most, start, stream, key):  # type: ignore[no-untyped-def]
+    """out[i], int8, is where u[start + i], uniform, falls on the whole numbers -most..most."""
+    words, edge = np.empty(WORDS, np.uint32), np.empty(WORDS, np.int8)
+    n = out.shape[0]
+    for tile in range(start // WORDS, (start + n + WORDS - 1) // WORDS):
+        _words(words, tile, stream, key)
+        at = tile * WORDS - start
+        if at >= 0 and at + WORDS <= n:
+            _whole(out[at : at + WORDS], words, most)
+        else:
+            _whole(edge, words, most)
+            for j in range(max(0, -at), min(WORDS, n - at)):
+                out[at + j] = edge[j]
 
 
 # Law numbers and tile sizes are arguments, not closures: only so do the compiled kernels come

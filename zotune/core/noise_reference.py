@@ -53,6 +53,11 @@ def uniform(word: Tensor) -> Tensor:
     return (word >> 8).float() * 2.0**-23 - 1.0
 
 
+def whole(u: Tensor, most: Tensor | float) -> Tensor:
+    """Uniforms on [-1, 1) to whole numbers uniform on {-most, ..., most}, float32, in place."""
+    return u.mul_(0.5).add_(0.5).mul_(2 * most + 1).floor_().sub_(most)
+
+
 def rademacher(word: Tensor) -> Tensor:
     """(tiles, 64) words to (tiles, 2048) signs: bit k of word j is number 64 k + j."""
     shifts = torch.arange(32, device=word.device).view(1, 32, 1)

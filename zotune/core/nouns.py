@@ -3,14 +3,13 @@
 from zotune.core.backprop import Backprop
 from zotune.core.estimator import OneSided, PerExample, TwoSided
 from zotune.core.feedback import ErrorFeedback
+from zotune.core.grid import Grid, Rounded
 from zotune.core.low_rank import LowRank
 from zotune.core.method import Interlude, Method, Schedule
 from zotune.core.noise import Key
 from zotune.core.perturbation import (
     Gaussian,
-    Grid,
     Rademacher,
-    Rounded,
     Sparse,
     Sphere,
     Uniform,

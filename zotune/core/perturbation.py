@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zotune.core import noise
-from zotune.core.block import Block, part
+from zotune.core.block import Block
 from zotune.core.noise import Key, Law
 from zotune.errors import BadInput
 
@@ -66,6 +66,10 @@ class Perturbation(ABC):
     def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start:stop of u(key) for `block`; float32, shape (stop - start, *shape[1:])."""
 
+    def displacement(self, key: Key, block: Block) -> Tensor:
+        """u(key) for `block.at`: int8 where the law has whole numbers only, else as drawn."""
+        return self.draw(key, block)
+
     def draw_lanes(self, keys: Sequence[Key], block: Block) -> Tensor:
         """Directions of several keys at once: (len(keys), *block.shape)."""
         return torch.stack([self.draw(key, block) for key in keys])
@@ -90,21 +94,22 @@ class Perturbation(ABC):
         stop: int,
     ) -> Tensor:
         """g[start:stop] = sum_k coefficients[k] * u_k[start:stop]."""
-        total = torch.zeros(_part_shape(block, start, stop), device=block.device)
+        total = torch.zeros(part_shape(block, start, stop), device=block.device)
         for key, c in zip(keys, coefficients, strict=True):
             total.add_(self.draw(key, block, start, stop), alpha=c)
         return total
 
 
-def _part_shape(block: Block, start: int, stop: int) -> tuple[int, ...]:
+def part_shape(block: Block, start: int, stop: int) -> tuple[int, ...]:
+    """Shape of rows start:stop."""
     return (stop - start, *block.shape[1:]) if block.shape else ()
 
 
-def _span(block: Block, start: int, stop: int | None) -> tuple[int, int, tuple[int, ...]]:
+def span(block: Block, start: int, stop: int | None) -> tuple[int, int, tuple[int, ...]]:
     """Flat index range and shape of rows start:stop."""
     stop = block.rows if stop is None else stop
     width = block.numel // max(block.rows, 1)
-    return start * width, stop * width, _part_shape(block, start, stop)
+    return start * width, stop * width, part_shape(block, start, stop)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class _Independent(Perturbation):
     gain: ClassVar[float] = 1.0
 
     def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
-        low, high, shape = _span(block, start, stop)
+        low, high, shape = span(block, start, stop)
         u = noise.draw(self.law, key, block.name, low, high, block.device).view(shape)
         return u if self.gain == 1.0 else u.mul_(self.gain)
 
@@ -140,7 +145,7 @@ class _Independent(Perturbation):
         start: int,
         stop: int,
     ) -> Tensor:
-        low, high, shape = _span(block, start, stop)
+        low, high, shape = span(block, start, stop)
         total = torch.zeros(high - low, device=block.device)
         scaled = [c * self.gain for c in coefficients]
         return noise.combine_(total, self.law, keys, scaled, block.name, low).view(shape)
@@ -195,94 +200,7 @@ class Sparse(Perturbation):
             raise BadInput(f"density={self.density}; want 0 < density <= 1")
 
     def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
-        low, high, shape = _span(block, start, stop)
+        low, high, shape = span(block, start, stop)
         chance = noise.draw("uniform", key, f"{block.name}#mask", low, high, block.device)
         kept = (chance * 0.5 + 0.5 < self.density).view(shape)
         return Gaussian().draw(key, block, start, stop) * kept * self.density**-0.5
-
-
-@dataclass(frozen=True)
-class Grid(Perturbation):
-    """u uniform on the whole numbers {-M, ..., M}, for integer codes (ZOQO, arXiv 2501.06736).
-
-    `radius` counts grid steps; with relative=False it is an absolute weight distance and
-    M = max(floor(radius / s), 1) for a code worth s. Only a share `density` of the coordinates
-    moves (1: the paper). Covariance M (M + 1) / 3 * density * I: the grid fixes it, not we.
-    """
-
-    radius: float = 1.0
-    relative: bool = True
-    density: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.radius > 0 and 0 < self.density <= 1):
-            raise BadInput(
-                f"radius={self.radius}, density={self.density}; want radius > 0, 0 < density <= 1"
-            )
-
-    def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
-        low, high, shape = _span(block, start, stop)
-        u = noise.draw("uniform", key, block.name, low, high, block.device).view(shape)
-        most = grid_steps(self.radius, self.relative, block, start, stop or block.rows)
-        whole = u.mul_(0.5).add_(0.5).mul_(2 * most + 1).floor_().sub_(most)  # in place: u is fresh
-        if self.density < 1:
-            chance = noise.draw("uniform", key, f"{block.name}#mask", low, high, block.device)
-            whole *= (chance * 0.5 + 0.5 < self.density).view(shape)
-        return whole
-
-
-def grid_steps(
-    amount: float, relative: bool, block: Block, start: int, stop: int
-) -> Tensor | float:
-    """max(floor(amount / s), 1): a distance as a whole number of codes, s = 1 if relative."""
-    if relative:
-        return max(amount // 1, 1.0)
-    if block.grid is None:
-        raise BadInput(
-            f"block {block.name!r} has no grid; absolute grid distances need the 'codes' space"
-        )
-    scale = part(block.grid, start, stop, block.rows)
-    assert isinstance(scale, Tensor)
-    return (amount / scale).floor().clamp_min(1.0)
-
-
-@dataclass(frozen=True)
-class Rounded(Perturbation):
-    """Gaussian u rounded stochastically to a `bits`-bit grid, twice and independently (QuZO 2025,
-    arXiv 2502.12346): u1 = SR_a(u) is probed, u2 = SR_b(u) is stepped along.
-
-    SR(x) = clamp(floor(k x) + Bernoulli(frac(k x))) / k with k = 2^(bits-1) / 4, so that the grid
-    spans four standard deviations. E[u2 u1^T | u] = u u^T inside the range; with one shared
-    rounding (as the released code does) the diagonal is biased by f (1 - f) / k^2.
-    """
-
-    bits: int = 4
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise BadInput(f"bits={self.bits}; noise is rounded to 2..8 bits")
-
-    def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._rounded("a", key, block, start, stop)
-
-    def combine(
-        self,
-        keys: Sequence[Key],
-        coefficients: Sequence[float],
-        block: Block,
-        start: int,
-        stop: int,
-    ) -> Tensor:
-        total = torch.zeros(_part_shape(block, start, stop), device=block.device)
-        for key, c in zip(keys, coefficients, strict=True):
-            total.add_(self._rounded("b", key, block, start, stop), alpha=c)
-        return total
-
-    def _rounded(self, which: str, key: Key, block: Block, start: int, stop: int | None) -> Tensor:
-        low, high, shape = _span(block, start, stop)
-        k = 2.0 ** (self.bits - 1) / 4
-        x = noise.draw("gaussian", key, block.name, low, high, block.device) * k
-        chance = noise.draw("uniform", key, f"{block.name}#{which}", low, high, block.device)
-        half = 2 ** (self.bits - 1)
-        whole = (x + (chance * 0.5 + 0.5)).floor_().clamp_(-half, half - 1)
-        return (whole / k).view(shape)

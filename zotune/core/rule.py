@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zotune.core.block import Block
-from zotune.core.perturbation import grid_steps
+from zotune.core.grid import grid_steps
 from zotune.errors import BadInput
 
 Grads = Callable[[int], Tensor]

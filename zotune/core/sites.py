@@ -72,7 +72,7 @@ class View:
         """u of one probe, kept while the site is being computed: +eps and -eps share it."""
         key = probe.key if lane is None else probe.key.fold(lane=self.first + lane)
         if (block.name, key) not in self._scratch:
-            self._scratch[block.name, key] = self.perturbation.draw(key, block)
+            self._scratch[block.name, key] = self.perturbation.displacement(key, block)
         return self._scratch[block.name, key]
 
     def lane_directions(self, block: Block, probe: Probe) -> Tensor:
@@ -111,6 +111,12 @@ class Site:
     module: nn.Module
     blocks: dict[str, Block]
     forward: Callable[..., Any] | None = None  # the module's own, or a wrapper's around it
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether another library has put a forward around the module's own."""
+        own = type(self.module).forward
+        return self.forward is not None and getattr(self.forward, "__func__", None) is not own
 
     @contextmanager
     def holding(self, values: dict[str, Tensor]) -> Iterator[None]:

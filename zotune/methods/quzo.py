@@ -1,8 +1,8 @@
 """QuZO: low-bit noise on low-bit weights, with two independent stochastic roundings."""
 
 from zotune.core.estimator import TwoSided
+from zotune.core.grid import Rounded
 from zotune.core.method import Decay, Method, Schedule
-from zotune.core.perturbation import Rounded
 from zotune.methods import method
 
 

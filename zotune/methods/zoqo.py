@@ -1,8 +1,8 @@
 """ZOQO: noise, step and weights all stay on the quantization grid."""
 
 from zotune.core.estimator import TwoSided
+from zotune.core.grid import Grid
 from zotune.core.method import Decay, Method, Schedule
-from zotune.core.perturbation import Grid
 from zotune.core.rule import GridSign
 from zotune.core.shaping import Sign
 from zotune.methods import method

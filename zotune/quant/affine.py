@@ -1,8 +1,9 @@
-"""Affine quantization on uniform grids: weight = (code - zero) * scale.
+"""Affine quantization: weight = (code - zero) * scale.
 
-Codes are signed and centred: integers in [-2^(b-1), 2^(b-1) - 1]. A symmetric scheme has no zero;
-an asymmetric one keeps its zero in the same centred coordinates. Everything here is a pure
-function of tensors, written in float32, and serves as the reference for every kernel.
+Codes are signed and centred integers in [-2^(b-1), 2^(b-1) - 1], or float numbers of few bits
+(`zotune.quant.codebooks`). A symmetric scheme has no zero; an asymmetric one keeps its zero in the
+same centred coordinates. Everything here is a pure function of tensors, written in float32, and
+serves as the reference for every kernel.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from zotune.errors import BadInput
 
-BITS: Final = (2, 3, 4, 8)
+BITS: Final = {"int": (2, 3, 4, 8), "fp": (4, 8)}
 GRANULARITIES: Final = ("group", "channel", "tensor")
 # The scale of an all-zero group: exact in float16, and harmless when codes move.
 EMPTY_SCALE: Final = 2.0**-20
 _SCHEME = re.compile(
-    r"int(?P<bits>\d+)-(?P<unit>g\d+|channel|tensor)(?P<asym>-asym)?(?P<act>-a\d+)?"
+    r"(?P<kind>int|fp)(?P<bits>\d+)-(?P<unit>g\d+|channel|tensor)(?P<asym>-asym)?(?P<act>-a\d+)?"
 )
 
 
@@ -30,17 +31,19 @@ class Scheme:
     """How one weight is quantized; `str(scheme)` and `Scheme.parse` are inverses.
 
     Args:
-        bits: width of a code: 2, 3, 4 or 8.
+        bits: width of a code: 2, 3, 4 or 8; 4 or 8 for floats.
         symmetric: True for no zero point, False for one zero per scale.
         group_size: input columns in a row that share a scale; None unless granularity is "group".
         granularity: "group", "channel" (one scale per output row) or "tensor" (a single scale).
-        act_bits: 8 quantizes activations to int8 per token at run time; None leaves them alone.
+        act_bits: 8 quantizes activations to 8 bits of the same kind per token at run time; None
+            leaves them alone.
+        kind: "int", or "fp" for codes that are floats of few bits: E4M3 (8 bits), E2M1 (4 bits).
 
     Raises:
         BadInput: for a combination that does not exist.
 
     >>> Scheme.parse("int4-g64-asym")
-    Scheme(bits=4, symmetric=False, group_size=64, granularity='group', act_bits=None)
+    Scheme(bits=4, symmetric=False, group_size=64, granularity='group', act_bits=None, kind='int')
     >>> str(Scheme(bits=8, group_size=None, granularity="channel", act_bits=8))
     'int8-channel-a8'
     """
@@ -50,10 +53,15 @@ class Scheme:
     group_size: int | None = 64
     granularity: str = "group"
     act_bits: int | None = None
+    kind: str = "int"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise BadInput(f"bits={self.bits!r} is not supported; use one of {BITS}")
+        if self.bits not in BITS.get(self.kind, ()):
+            raise BadInput(
+                f"bits={self.bits!r} of kind={self.kind!r} is not supported; use one of {BITS}"
+            )
+        if self.kind != "int" and not self.symmetric:
+            raise BadInput(f"kind={self.kind!r} has no zero points; use symmetric=True")
         if self.granularity not in GRANULARITIES:
             raise BadInput(
                 f"granularity={self.granularity!r} is unknown; use one of {GRANULARITIES}"
@@ -73,7 +81,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        """Read a scheme written as `int<bits>-g<size>|channel|tensor[-asym][-a8]`.
+        """Read a scheme written as `int|fp<bits>-g<size>|channel|tensor[-asym][-a8]`.
 
         Raises:
             BadInput: if the text does not have that form.
@@ -95,13 +103,14 @@ class Scheme:
             group_size=int(unit[1:]) if grouped else None,
             granularity="group" if grouped else unit,
             act_bits=int(act[2:]) if act else None,
+            kind=match["kind"],
         )
 
     def __str__(self) -> str:
         unit = f"g{self.group_size}" if self.granularity == "group" else self.granularity
         asym = "" if self.symmetric else "-asym"
         act = f"-a{self.act_bits}" if self.act_bits else ""
-        return f"int{self.bits}-{unit}{asym}{act}"
+        return f"{self.kind}{self.bits}-{unit}{asym}{act}"
 
     @property
     def lowest(self) -> int:
@@ -113,25 +122,44 @@ class Scheme:
         """The largest code, 2^(b-1) - 1."""
         return (1 << (self.bits - 1)) - 1
 
-    def scale_shape(self, rows: int, columns: int, name: str = "weight") -> tuple[int, int]:
-        """Shape of the scale of a (rows, columns) weight.
+    @property
+    def stored(self) -> torch.dtype:
+        """Dtype of the codes as a layer holds them: uint8 where several share a byte."""
+        if self.bits < 8:
+            return torch.uint8
+        return torch.int8 if self.kind == "int" else torch.float8_e4m3fn
 
-        Raises:
-            BadInput: if group_size does not divide columns; the message names sizes that do.
+    @property
+    def integer_inputs(self) -> bool:
+        """Whether kernels round activations to int8."""
+        return self.act_bits is not None and self.kind == "int"
 
-        >>> Scheme.parse("int4-g64").scale_shape(10, 128)
-        (10, 2)
+    @property
+    def float_inputs(self) -> bool:
+        """Whether the layer rounds activations to E4M3 before a kernel sees them."""
+        return self.act_bits is not None and self.kind == "fp"
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape of the scale of a (rows, columns) weight; the last group may be shorter.
+
+        >>> Scheme.parse("int4-g64").scale_shape(10, 130)
+        (10, 3)
         """
         if self.granularity == "tensor":
             return (1, 1)
-        if self.group_size is None:
-            return (rows, 1)
-        if columns % self.group_size:
+        return (rows, -(-columns // self.group_size) if self.group_size else 1)
+
+    def check_divides(self, columns: int, name: str = "weight") -> None:
+        """Refuse to quantize a weight whose last group would be shorter than the others.
+
+        Raises:
+            BadInput: if group_size does not divide columns; the message names sizes that do.
+        """
+        if self.group_size and columns % self.group_size:
             raise BadInput(
                 f"group_size={self.group_size} does not divide in_features={columns} of {name!r}; "
                 f"use {nearest_divisors(columns, self.group_size)} or exclude it"
             )
-        return (rows, columns // self.group_size)
 
 
 def nearest_divisors(columns: int, wanted: int) -> str:
@@ -175,9 +203,12 @@ def quantize(
     """
     if weight.dim() != 2:
         raise BadInput(f"weight of {name!r} has shape {tuple(weight.shape)}; wanted (out, in)")
-    shape = scheme.scale_shape(weight.shape[0], weight.shape[1], name)
+    if scheme.kind != "int":
+        raise BadInput(f"scheme {scheme} is read from checkpoints only; quantize to integers")
+    scheme.check_divides(weight.shape[1], name)
+    shape = scheme.scale_shape(weight.shape[0], weight.shape[1])
     # A transposed weight must not leave codes with transposed strides.
-    grouped = _grouped(weight.detach().float().contiguous(), shape)
+    grouped = _grouped(weight.detach().float().contiguous(), shape[1], scheme.group_size)
     if not torch.isfinite(grouped).all():
         raise BadInput(
             f"weight of {name!r} holds NaN or infinity; repair the checkpoint or exclude it"
@@ -197,28 +228,45 @@ def quantize(
     return codes.reshape(weight.shape), scale, zero
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+def dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None = None, group_size: int | None = None
+) -> Tensor:
     """The float32 weight (codes - zero) * scale.
 
     Args:
         codes: (out, in), integers or, for probed values, fractional floats.
         scale: (out, groups), (out, 1) or (1, 1).
         zero: like scale, or None for symmetric grids.
+        group_size: columns in a group, the last of which may be shorter; None: all equally long.
 
     >>> dequantize(torch.tensor([[1, -2]], dtype=torch.int8), torch.tensor([[0.5]])).tolist()
     [[0.5, -1.0]]
     """
-    grouped = _grouped(codes.float(), tuple(scale.shape))
+    grouped = _grouped(codes.float(), scale.shape[1], group_size)
     if zero is not None:
         grouped = grouped - zero.float().unsqueeze(-1)
-    return (grouped * scale.float().unsqueeze(-1)).reshape(codes.shape)
+    return (grouped * scale.float().unsqueeze(-1)).flatten(1)[:, : codes.shape[1]]
 
 
-def _grouped(matrix: Tensor, scale_shape: tuple[int, ...]) -> Tensor:
-    """View (out, in) as (out, groups, in / groups)."""
+def per_weight(values: Tensor, columns: int, group_size: int | None) -> Tensor:
+    """Values of groups (out, groups) once per column; (out, 1) and (1, 1) stay as they are.
+
+    >>> per_weight(torch.tensor([[1.0, 2.0]]), columns=3, group_size=2).tolist()
+    [[1.0, 1.0, 2.0]]
+    """
+    groups = values.shape[1]
+    if groups == 1:
+        return values
+    return values.repeat_interleave(group_size or columns // groups, dim=1)[:, :columns]
+
+
+def _grouped(matrix: Tensor, groups: int, group_size: int | None) -> Tensor:
+    """View (out, in) as (out, groups, columns of a group); a short last group is padded."""
     rows, columns = matrix.shape
-    groups = scale_shape[-1]
-    return matrix.reshape(rows, groups, columns // groups)
+    width = group_size or columns // groups
+    if groups * width != columns:
+        matrix = torch.nn.functional.pad(matrix, (0, groups * width - columns))
+    return matrix.reshape(rows, groups, width)
 
 
 def _extremes(grouped: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is integer codes and scales."""
+"""A linear layer whose weight is codes and scales."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zotune.errors import BadInput
 from zotune.quant import affine, kernels
 from zotune.quant.affine import Scheme
+from zotune.quant.codebooks import look_up
 from zotune.quant.packing import pack, packed_columns, unpack
 
 
@@ -23,15 +24,24 @@ class Conv1DLike(Protocol):
     bias: Tensor
 
 
+class Storage(Protocol):
+    """How a layer lies in a checkpoint, as far as the layer must know."""
+
+    def rounded(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero, float32, as they come back from the checkpoint."""
+
+
 class QuantLinear(nn.Module):
     """y = x @ ((codes - zero) * scale).T + bias, with the weight kept as codes.
 
     A new layer holds nothing useful: use `from_linear`, `set_codes_` or a checkpoint.
 
-    Buffers: `codes` (uint8 packed (out, bytes) below 8 bits, int8 (out, in) at 8), `scale` float32
-    (out, groups), (out, 1) or (1, 1), `zero` like scale or None. `bias` is a parameter (out,) or
-    None. While a forward runs, `codes` may be replaced by a tensor of any dtype but uint8, shaped
-    (out, in): one number per weight, fractions included.
+    Buffers: `codes` (uint8 packed (out, bytes) below 8 bits, else int8 or float8 (out, in)),
+    `scale` float32 (out, groups), (out, 1) or (1, 1), `zero` like scale or None. `order` int32
+    (in,), or None: the input column that each column of codes belongs to, so that columns of a
+    group lie side by side (GPTQ's act-order). `bias` is a parameter (out,) or None. While a forward
+    runs, `codes` may be replaced by a tensor of any dtype but uint8, shaped (out, in): one number
+    per weight, fractions included.
 
     Args:
         in_features, out_features: sizes of the layer.
@@ -40,9 +50,7 @@ class QuantLinear(nn.Module):
         name: the layer's name, for messages.
         dtype: the bias's dtype.
         device: where the tensors lie; "meta" when they are assigned later.
-
-    Raises:
-        BadInput: if the scheme's group size does not divide in_features.
+        ordered: whether there is an `order`; it starts as 0, 1, 2, ...
 
     >>> layer = QuantLinear(16, 4, Scheme.parse("int4-g8"), bias=False)
     >>> layer(torch.ones(2, 16)).shape, layer.scale.shape
@@ -52,6 +60,7 @@ class QuantLinear(nn.Module):
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    order: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -64,19 +73,24 @@ class QuantLinear(nn.Module):
         name: str = "QuantLinear",
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        ordered: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        # Dtype of the product (None: the input's) and of scale and zero in a saved checkpoint.
+        # Dtype of the product; None: the input's.
         self.compute_dtype: torch.dtype | None = None
+        # What a saved checkpoint holds: dtype of scale and zero, or all that `storage` knows.
         self.scale_dtype: torch.dtype = torch.float32
-        shape = scheme.scale_shape(out_features, in_features, name)
-        stored = torch.int8 if scheme.bits == 8 else torch.uint8
+        self.storage: Storage | None = None
+        shape = scheme.scale_shape(out_features, in_features)
         width = packed_columns(scheme.bits, in_features)
-        self.register_buffer("codes", torch.zeros(out_features, width, dtype=stored, device=device))
+        codes = torch.zeros(out_features, width, dtype=scheme.stored, device=device)
+        self.register_buffer("codes", codes)
         self.register_buffer("scale", torch.full(shape, affine.EMPTY_SCALE, device=device))
         zero = None if scheme.symmetric else torch.zeros(shape, device=device)
         self.register_buffer("zero", zero)
+        columns = torch.arange(in_features, dtype=torch.int32, device=device)
+        self.register_buffer("order", columns if ordered else None)
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
@@ -104,18 +118,35 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype."""
         return kernels.linear(
-            x, self.codes, self.scale, self.zero, self.bias, self.scheme, self.compute_dtype
+            self.inputs(x),
+            self.codes,
+            self.scale,
+            self.zero,
+            self.bias,
+            self.scheme,
+            self.compute_dtype,
         )
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """x as the kernels take it: in the order of the codes' columns, rounded to 8-bit floats."""
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        return kernels.fake_quantize_float(x) if self.scheme.float_inputs else x
 
     def unpacked(self) -> Tensor:
         """Codes (out, in), one number per weight; a copy only where they are packed."""
-        if self.codes.dtype == torch.uint8:
-            return unpack(self.codes, self.scheme.bits, self.in_features)
-        return self.codes
+        if self.codes.dtype != torch.uint8:
+            return self.codes
+        codes = unpack(self.codes, self.scheme.bits, self.in_features)
+        return look_up(codes, self.scheme.kind, self.scheme.bits)
 
     def dequantize(self) -> Tensor:
-        """The float32 weight (out, in)."""
-        return affine.dequantize(self.unpacked(), self.scale, self.zero)
+        """The float32 weight (out, in), columns in the order of the inputs."""
+        codes, group_size = self.unpacked(), self.scheme.group_size
+        weight = affine.dequantize(codes, self.scale, self.zero, group_size)
+        if self.order is None:
+            return weight
+        return torch.empty_like(weight).index_copy_(1, self.order.long(), weight)
 
     def set_codes_(self, codes: Tensor) -> None:
         """Write int8 codes (out, in) into the existing storage.
@@ -129,10 +160,15 @@ class QuantLinear(nn.Module):
         self.codes.copy_(pack(codes, self.scheme.bits))
 
     def round_to_storage_(self) -> None:
-        """Round scale and zero to what a checkpoint will hold (`scale_dtype`), in place."""
-        for values in (self.scale, self.zero):
-            if values is not None:
-                values.copy_(values.to(self.scale_dtype))
+        """Round scale and zero to what a checkpoint will hold, in place."""
+        if self.storage is not None:
+            scale, zero = self.storage.rounded(self.scale, self.zero)
+        else:
+            scale = self.scale.to(self.scale_dtype)
+            zero = None if self.zero is None else self.zero.to(self.scale_dtype)
+        self.scale.copy_(scale)
+        if self.zero is not None and zero is not None:
+            self.zero.copy_(zero)
 
     def extra_repr(self) -> str:
         return (

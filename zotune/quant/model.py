@@ -51,8 +51,8 @@ def quantize_model_(
             f"exclude={tuple(exclude)} with a weight of its own"
         )
     for name, module in chosen:
-        rows, columns = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
-        scheme.scale_shape(int(rows), int(columns), name)
+        columns = module.weight.shape[0 if is_conv1d(module) else 1]
+        scheme.check_divides(int(columns), name)
     for name, module in chosen:
         replace_(model, name, QuantLinear.from_linear(module, scheme, name))
     return [name for name, _ in chosen]

@@ -16,7 +16,7 @@ from zotune.errors import BadInput
 from zotune.models import Loaded, PooledClassifier
 from zotune.models import load as load_checkpoint
 from zotune.models.adapter import adapters, attach, detach, fold_, load_peft, save_peft
-from zotune.quant import QuantLinear, formats
+from zotune.quant import formats
 from zotune.quant.formats.folder import replace_folder
 from zotune.training.journal import NAME as JOURNAL
 from zotune.training.snapshots import cannot_write
@@ -88,14 +88,12 @@ def without_adapters(model: nn.Module) -> Iterator[bool]:
 
 def round_to_storage_(model: nn.Module) -> None:
     """Make the model what its file will hold, so that memory and file give the same numbers:
-    scales rounded to their stored dtype, a head's basis folded into the head."""
+    tensors rounded to their stored dtype, a head's basis folded into the head."""
     inside = heads(model)
     for _, layer, _ in list(adapters(model)):
         if id(layer) in inside:
             fold_(layer)
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.round_to_storage_()
+    formats.round_to_storage_(model.saved_model if isinstance(model, formats.Wrapper) else model)
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:

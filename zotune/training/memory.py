@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
+_PROCESS = Path("/proc/self")
+
 
 def reset_peak(device: str) -> None:
     """Count the peak from here on, where the system can (Linux, CUDA)."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        (_PROCESS / "clear_refs").write_text("5")
 
 
 def peak_bytes(device: str = "cpu") -> int:
@@ -25,6 +27,22 @@ def peak_bytes(device: str = "cpu") -> int:
     """
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    marked = _high_water_mark()
+    return _largest_ever() if marked is None else marked
+
+
+def _high_water_mark() -> int | None:
+    """VmHWM, which `reset_peak` sets back; None where the system has no such line."""
+    try:
+        status = (_PROCESS / "status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _largest_ever() -> int:
+    """The largest size since the start; on Linux a child inherits it from who started it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -55,7 +55,7 @@ def given_options(config: TrainConfig) -> set[str]:
     return {k for k, v in given.items() if v is not None} | set(split_calls(config.method)[0][1])
 
 
-def open_space(config: TrainConfig, model: nn.Module) -> SpaceSpec:
+def open_space(config: TrainConfig, model: nn.Module | None = None) -> SpaceSpec:
     """The space asked for, or the method's default; `auto` goes by the model.
 
     A classifier's head that a task put on an encoder is tuned on the directions between classes,

@@ -32,7 +32,10 @@ def quantized(model: nn.Module, attribute: str, pattern: str | None) -> list[Own
 
 @dataclass(frozen=True)
 class Scales(SpaceSpec):
-    """Quantization scales, codes frozen: QZO (2025, arXiv 2505.13430). Unit: the scale itself."""
+    """Quantization scales, codes frozen: QZO (2025, arXiv 2505.13430). Unit: the scale itself.
+
+    Scales stay positive, but in layers whose format stores negative ones.
+    """
 
     pattern: str | None = None
 
@@ -42,8 +45,8 @@ class Scales(SpaceSpec):
                 f"{o.path}.scale",
                 o.tensor,
                 [o],
-                unit=o.tensor.detach().clone(),
-                minimum=SMALLEST_SCALE,
+                unit=o.tensor.detach().abs(),
+                minimum=SMALLEST_SCALE if bool((o.tensor >= 0).all()) else None,
                 **self.options,
             )
             for o in quantized(model, "scale", self.pattern)

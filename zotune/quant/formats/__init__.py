@@ -1,7 +1,45 @@
 """Checkpoint formats: one module each, found by a scan of this folder.
 
 A format module holds `FORMAT`, an object with the methods of `Format`. Reading checks headers
-before it builds anything; writing is atomic; pickles are never opened.
+before it builds anything; writing is atomic; pickles are never opened; a model that came from a
+checkpoint of another program goes back into the same files.
+
+**A format in one file.** Most formats are folders of safetensors in which a quantized layer is
+several tensors. Such a format is a `SourceFormat` (source.py) and says three things:
+
+    detect(folder)                        is it mine? From config.json and file names alone.
+    record(folder)                        the settings, checked; FormatError names what is not read.
+    layout(record, name, stored, shape)   a `Layout` for one layer, from the headers of its tensors.
+
+A `Layout` (layout.py) is a frozen record with three pure functions and no state:
+
+    decode(stored)        tensors of the file -> `Values`: centred codes (out, in), float32 scale
+                          and zero, and the order of the columns where groups are not in a row.
+    encode(values)        back to those tensors that tuning can change, bit for bit.
+    rounded(scale, zero)  what decode(encode(...)) makes of them, so that a model measured in
+                          memory is the model in the file.
+
+All else is shared: `read` takes one layer at a time (shards.py reads byte ranges, so nothing is in
+memory twice); `write` copies the source's files and overwrites the byte ranges of tensors whose
+value has changed. Untouched means untouched: a part is compared with decode and encode of what the
+file holds, so odd bits that no decoder looks at stay as they are.
+
+To build with: `zotune.quant.words` for codes that are a stream of bits in 32-bit words; scales.py
+for scales that are no plain floats; a kind in `affine.BITS` for codes that are floats and, if they
+go by a table, an entry in `zotune.quant.codebooks`.
+
+Formats of other files (one GGUF file, an ONNX graph) implement `Format` themselves: `read` leaves a
+`Source` on the model (`set_source_`, origin.py) and a `Layout` on each layer's `storage`; `write`
+gets the model back.
+
+`tunable` names the spaces whose blocks the format keeps: scales, zeros, codes of quantized layers;
+norms, biases, weights (every float tensor, embeddings among them). Adapters lie in a folder beside
+the checkpoint and go with every format. `zotune list formats` shows the table.
+
+Tests that every format must pass run over the folders of tests/quant/golden/, made by the format's
+own library with a script in benchmarks/interop/: a new format adds such a folder and gets them all
+(tests/quant/test_golden.py). Beside them belong the layout restated in plain numpy, drawn shapes
+through decode and encode, and one message per kind of damage.
 """
 
 from __future__ import annotations
@@ -17,17 +55,26 @@ from torch import nn
 
 from zotune.errors import FormatError
 from zotune.quant.formats.folder import copy_companions, replace_folder
-from zotune.quant.formats.tensors import read_json
+from zotune.quant.formats.origin import Source, round_to_storage_, set_source_, source_of
+from zotune.quant.formats.source import SourceFormat
+from zotune.quant.formats.tensors import quantization, read_json
 from zotune.quant.linear import QuantLinear
+
+__all__ = [
+    "Format", "Source", "SourceFormat", "Wrapper", "detect", "formats", "read", "round_to_storage_",
+    "set_source_", "source_of", "write",
+]  # fmt: skip
 
 
 class Format(Protocol):
     """What a checkpoint format can do."""
 
     name: str
+    tunable: tuple[str, ...]
 
     def detect(self, folder: Path) -> bool:
-        """Whether this folder is in the format; reads `config.json` only."""
+        """Whether this folder is in the format, by config.json and file names; never an error for
+        a folder of another format."""
 
     def read(
         self, folder: Path, auto: Any, dtype: torch.dtype | None, trust_remote_code: bool
@@ -35,7 +82,7 @@ class Format(Protocol):
         """The model, built by the Auto class `auto`; dtype None is the format's own."""
 
     def write(self, model: nn.Module, folder: Path) -> None:
-        """Save config and weights into an existing folder."""
+        """Save config and weights into an existing, empty folder."""
 
 
 @runtime_checkable
@@ -55,7 +102,7 @@ def formats() -> dict[str, Format]:
     """Every format by name.
 
     >>> sorted(formats())
-    ['float', 'zotune']
+    ['awq', 'compressed-tensors', 'float', 'gptq', 'zotune']
     """
     found: dict[str, Format] = {}
     for info in pkgutil.iter_modules(__path__):
@@ -75,13 +122,13 @@ def detect(folder: str | Path) -> str:
         FormatError: if the folder is not a checkpoint, or no format or several recognise it.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
     matching = [name for name, format in formats().items() if format.detect(folder)]
-    if len(matching) == 1:
-        return matching[0]
-    if matching:
+    if len(matching) > 1:
         raise FormatError(f"{folder} is claimed by several formats: {matching}")
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    if matching:
+        return matching[0]
+    read_json(folder / "config.json")
+    method = quantization(folder).get("quant_method")
     raise FormatError(
         f"{folder} is quantized by {method!r}, which no format reads; known: {sorted(formats())}. "
         "Start from the float checkpoint and give a scheme"
@@ -120,14 +167,16 @@ def write(
 ) -> Path:
     """Save a model; the folder is replaced as a whole or, on any error, not at all.
 
-    A model with QuantLinear layers becomes a "zotune" folder, another a plain safetensors one.
-    Files of an old checkpoint in `folder` that the new one does not have stay, except weights.
+    A model that was read from another program's checkpoint goes back into that format: the same
+    files, in which only what was tuned differs. Any other model with QuantLinear layers becomes a
+    "zotune" folder, one without a plain safetensors one. Files of an old checkpoint in `folder`
+    that the new one does not have stay, except weights.
 
     Args:
         model: a transformers model, or a `Wrapper` around one.
         folder: where to; an existing folder must be a checkpoint or empty.
         source: the folder the model was loaded from: its tokenizer and generation files are copied.
-        tokenizer: saved when no source is given.
+        tokenizer: saved when no source is given and the model has none of its own.
 
     Returns:
         the folder.
@@ -137,14 +186,15 @@ def write(
         OSError: if the disk is full; the old folder is intact.
     """
     inner = model.saved_model if isinstance(model, Wrapper) else model
+    origin = source_of(inner)
     quantized = any(isinstance(module, QuantLinear) for module in inner.modules())
-    format = formats()["zotune" if quantized else "float"]
+    format = formats()[origin.format if origin else "zotune" if quantized else "float"]
     with replace_folder(Path(folder)) as fresh:
         format.write(inner, fresh)
         if isinstance(model, Wrapper):
             model.save_beside(fresh)
-        if source is not None:
+        if origin is None and source is not None:
             copy_companions(Path(source), fresh)
-        elif tokenizer is not None:
+        elif origin is None and tokenizer is not None:
             tokenizer.save_pretrained(fresh)
     return Path(folder)

@@ -21,6 +21,19 @@ def quiet_random_state() -> Iterator[None]:
         yield
 
 
+def model_config(folder: Path, trust_remote_code: bool) -> Any:
+    """A folder's transformers configuration, without what says how its weights are stored."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    for extra in ("quantization_config", "zotune_head"):
+        if hasattr(config, extra):
+            delattr(config, extra)
+    return config
+
+
 def empty_model(config: Any, auto: Any, names: list[str], trust_remote_code: bool) -> nn.Module:
     """The model of `config` with parameters on the meta device and real buffers.
 
@@ -81,3 +94,12 @@ def assign_(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> No
             f"tensors of {folder} do not fit its config: missing [{listing(absent)}], "
             f"unexpected [{listing(extra)}]"
         )
+
+
+def restore_generation_config_(model: nn.Module, folder: Path) -> None:
+    """Give the model the folder's own generation settings, if there are any."""
+    if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+
+        found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        setattr(model, "generation_config", found)  # noqa: B010 - unknown to nn.Module's types

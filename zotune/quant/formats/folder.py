@@ -18,6 +18,8 @@ from zotune.quant.formats.tensors import INDEX
 COMPANIONS: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 # sentence-transformers keeps the settings of its modules in numbered folders.
 NESTED: Final = "[0-9]_*/config.json"
+# Endings of weight files: those that the checkpoint does not name are another model's.
+WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5")
 REWRITTEN: Final = ("config.json", "*.index.json", "*.safetensors")
 
 
@@ -65,6 +67,23 @@ def copy_companions(source: Path, target: Path) -> None:
     for path in sorted(source.glob(NESTED)):
         (target / path.parent.name).mkdir(exist_ok=True)
         shutil.copyfile(path, target / path.parent.name / path.name)
+
+
+def copy_source(source: Path, target: Path, weights: set[Path]) -> None:
+    """Copy a checkpoint's own files byte for byte: these weights, and all that is no weight.
+
+    Raises:
+        FormatError: if the source folder is not there.
+    """
+    if not source.is_dir():
+        raise FormatError(f"{source} is gone; the model is written from the files it was read from")
+    nested = [path for path in source.glob(NESTED) if path.is_file()]
+    for path in sorted([*source.iterdir(), *nested]):
+        foreign = path.suffix.lower() in WEIGHTS and path not in weights
+        if path.is_file() and not foreign and not path.name.startswith("."):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _swap(fresh: Path, folder: Path) -> None:

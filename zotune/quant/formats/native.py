@@ -19,8 +19,20 @@ from torch import Tensor, nn
 
 from zotune.errors import BadInput, FormatError
 from zotune.quant.affine import Scheme
-from zotune.quant.formats.build import assign_, empty_model
-from zotune.quant.formats.tensors import SINGLE, check_files, listing, read_json, read_tensors
+from zotune.quant.formats.build import (
+    assign_,
+    empty_model,
+    model_config,
+    restore_generation_config_,
+)
+from zotune.quant.formats.tensors import (
+    SINGLE,
+    check_files,
+    listing,
+    quantization,
+    read_json,
+    read_tensors,
+)
 from zotune.quant.linear import QuantLinear, is_conv1d
 from zotune.quant.model import replace_
 
@@ -33,11 +45,11 @@ class NativeFormat:
     """zotune's own checkpoints."""
 
     name = "zotune"
+    tunable = ("scales", "zeros", "codes", "norms", "biases", "weights")
 
     def detect(self, folder: Path) -> bool:
         """Whether the folder's config names zotune as its quantizer."""
-        record = read_json(folder / "config.json").get("quantization_config")
-        return isinstance(record, dict) and record.get("quant_method") == "zotune"
+        return quantization(folder).get("quant_method") == "zotune"
 
     def read(
         self, folder: Path, auto: Any, dtype: torch.dtype | None, trust_remote_code: bool
@@ -47,21 +59,14 @@ class NativeFormat:
         Raises:
             FormatError: for a damaged file, an unknown version, or tensors that do not fit.
         """
-        from transformers import AutoConfig
-
         schemes, scale_dtype = _read_record(folder)
         names = check_files(folder)
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        for extra in ("quantization_config", "zotune_head"):
-            if hasattr(config, extra):
-                delattr(config, extra)
+        config = model_config(folder, trust_remote_code)
         model = empty_model(config, auto, names, trust_remote_code)
         _place_layers_(model, schemes, scale_dtype, folder)
         tensors = read_tensors(folder)
         assign_(model, _in_memory(tensors, schemes, scale_dtype, dtype, folder), folder)
-        _restore_generation_config_(model, folder)
+        restore_generation_config_(model, folder)
         return model.eval()
 
     def write(self, model: nn.Module, folder: Path) -> None:
@@ -152,6 +157,7 @@ def _place_layers_(
         old = modules[name]
         assert isinstance(old.weight, Tensor)
         rows, columns = old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape
+        scheme.check_divides(columns, name)
         layer = QuantLinear(
             columns, rows, scheme, bias=old.bias is not None, name=name, device="meta"
         )
@@ -169,7 +175,7 @@ def _in_memory(
     """Scales to float32, other float tensors to `dtype`; checks the stored dtypes of a layer."""
     grid: dict[str, torch.dtype] = {}
     for name, scheme in schemes.items():
-        grid[f"{name}.codes"] = torch.int8 if scheme.bits == 8 else torch.uint8
+        grid[f"{name}.codes"] = scheme.stored
         grid[f"{name}.scale"] = grid[f"{name}.zero"] = scale_dtype
     found = {}
     for name, tensor in tensors.items():
@@ -212,14 +218,6 @@ def _on_disk(model: nn.Module, layers: dict[str, QuantLinear]) -> dict[str, Tens
 def _float_dtype(model: nn.Module) -> torch.dtype:
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     return dtypes[0] if dtypes else torch.float32
-
-
-def _restore_generation_config_(model: nn.Module, folder: Path) -> None:
-    if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
-        from transformers import GenerationConfig
-
-        found = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        setattr(model, "generation_config", found)  # noqa: B010 - unknown to nn.Module's types
 
 
 FORMAT = NativeFormat()

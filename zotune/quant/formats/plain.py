@@ -13,19 +13,21 @@ from torch import nn
 
 from zotune.errors import BadInput, FormatError
 from zotune.quant.formats.build import quiet_random_state
-from zotune.quant.formats.tensors import check_files, listing, read_json
+from zotune.quant.formats.tensors import QUANTIZERS, check_files, listing, quantization
 
 log = logging.getLogger("zotune")
 
 
 class PlainFormat:
-    """Reads with `from_pretrained`, writes with `save_pretrained`; safetensors only."""
+    """Unquantized safetensors, read by `from_pretrained` and written by `save_pretrained`."""
 
     name = "float"
+    tunable = ("norms", "biases", "weights")
 
     def detect(self, folder: Path) -> bool:
-        """Whether the folder's config asks for no quantization."""
-        return read_json(folder / "config.json").get("quantization_config") is None
+        """Whether there is a config, and neither it nor a file beside it tells of quantization."""
+        sidecars = any((folder / name).exists() for name in QUANTIZERS)
+        return (folder / "config.json").exists() and not sidecars and not quantization(folder)
 
     def read(
         self, folder: Path, auto: Any, dtype: torch.dtype | None, trust_remote_code: bool

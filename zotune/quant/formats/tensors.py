@@ -14,6 +14,8 @@ from zotune.errors import FormatError
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+# Where older quantizers say what config.json does not: AutoGPTQ, AutoAWQ.
+QUANTIZERS: Final = ("quantize_config.json", "quant_config.json")
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SHOWN = 10
 
@@ -33,6 +35,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FormatError(f"{path} holds a {type(found).__name__}; wanted a JSON object")
     return found
+
+
+def quantization(folder: Path) -> dict[str, Any]:
+    """What config.json says about the folder's quantization; {} where there is none.
+
+    Raises:
+        FormatError: if config.json is there and no JSON object, or its record is none.
+    """
+    path = folder / "config.json"
+    record = read_json(path).get("quantization_config") if path.exists() else None
+    if not isinstance(record, dict | None):
+        raise FormatError(f"quantization_config of {path} is no JSON object; fetch it again")
+    return record or {}
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from zotune.errors import BadInput
 from zotune.quant.affine import Scheme
+from zotune.quant.codebooks import TABLES, look_up
+from zotune.quant.packing import unpack
 
 Kernel = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Scheme, torch.dtype | None], Tensor
@@ -100,7 +102,22 @@ def linear(
         (..., out) in x's dtype.
     """
     run = kernel(chosen(x, scale, zero, bias))
+    if codes.dtype == torch.uint8 and (scheme.kind, scheme.bits) in TABLES:
+        codes = look_up(unpack(codes, scheme.bits, x.shape[-1]), scheme.kind, scheme.bits)
     return run(x, codes, scale, zero, bias, scheme, compute_dtype)
+
+
+def fake_quantize_float(x: Tensor) -> Tensor:
+    """Activations rounded to E4M3 with one scale per row, max|x| / 448; the gradient passes.
+
+    >>> fake_quantize_float(torch.tensor([[448.0, 17.0]])).tolist()
+    [[448.0, 16.0]]
+    """
+    with torch.no_grad():
+        scale = x.float().abs().amax(-1, keepdim=True) / 448.0
+        units = x.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)
+        rounded = units.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn).float() * scale
+    return rounded.to(x.dtype) if not x.requires_grad else x + (rounded - x).detach()
 
 
 def int8_product(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,9 +51,10 @@ def _choose_stored(target: Any, value: Any) -> Callable[[Any, Any], Any]:
 
 
 @njit(nogil=True, cache=True)
-def scale_rows(codes: Array, scale: Array, zero: Array, out: Array, start: int, stop: int) -> None:
-    """out = (codes - zero) * scale for codes with one number per weight."""
-    group = codes.shape[1] // scale.shape[1]
+def scale_rows(
+    codes: Array, scale: Array, zero: Array, out: Array, group: int, start: int, stop: int
+) -> None:
+    """out = (codes - zero) * scale for codes with one number per weight, `group` to a scale."""
     for row in range(start, stop):
         scales = scale[row if scale.shape[0] > 1 else 0]
         zeros = zero[row if zero.shape[0] > 1 else 0]
@@ -62,7 +63,7 @@ def scale_rows(codes: Array, scale: Array, zero: Array, out: Array, start: int, 
             z = zeros[k]
             source = codes[row, k * group : (k + 1) * group]
             target = out[row, k * group : (k + 1) * group]
-            for c in range(group):
+            for c in range(target.shape[0]):
                 target[c] = _stored(target, (np.float32(source[c]) - z) * s)
 
 
@@ -89,11 +90,17 @@ def _fill_3_bits(target: Array, low: Array, high: Array, plane: int, z: float, s
 
 @njit(nogil=True, cache=True)
 def scale_packed_rows(
-    packed: Array, scale: Array, zero: Array, out: Array, bits: int, start: int, stop: int
+    packed: Array,
+    scale: Array,
+    zero: Array,
+    out: Array,
+    bits: int,
+    group: int,
+    start: int,
+    stop: int,
 ) -> None:
     """out = (unpack(packed) - zero) * scale, plane by plane, group by group."""
     columns = out.shape[1]
-    group = columns // scale.shape[1]
     eighth = packed.shape[1] // bits
     # 4 and 2 bits have one part; 3 bits have two, whose planes meet every eighth of a row.
     planes = 8 if bits == 3 else 8 // bits

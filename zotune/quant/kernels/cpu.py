@@ -45,16 +45,19 @@ def linear(
     """
     _refuse_gradient(x, scale, zero, bias)
     dtype = compute_dtype or x.dtype
-    if scheme.act_bits is None:
-        weight = weight_scratch(codes, scale, zero, scheme.bits, x.shape[-1], dtype)
+    if not scheme.integer_inputs:
+        weight = weight_scratch(
+            codes, scale, zero, scheme.bits, x.shape[-1], dtype, scheme.group_size
+        )
         return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    if scale.shape[1] == 1 and not codes.is_floating_point():
-        y = _integer_linear(flat, codes, scale, zero, bias, scheme.bits)
+    x_codes, x_scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    if integer(codes, scale):
+        y = integer_product(x_codes, x_scale, codes, scale, zero, bias, scheme.bits)
     else:
         # int8 codes are exact in every float dtype, so they enter the product unscaled.
-        x_codes, x_scale = quantize_rows(flat)
-        weight = weight_scratch(codes, scale, zero, scheme.bits, x.shape[-1], dtype)
+        weight = weight_scratch(
+            codes, scale, zero, scheme.bits, x.shape[-1], dtype, scheme.group_size
+        )
         y = F.linear(x_codes.to(dtype), weight).float().mul_(x_scale)
         if bias is not None:
             y += bias
@@ -62,16 +65,23 @@ def linear(
 
 
 def weight_scratch(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: int, dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    columns: int,
+    dtype: torch.dtype,
+    group_size: int | None = None,
 ) -> Tensor:
     """The dequantized weight (out, in) in this thread's scratch; the next call overwrites it."""
     if dtype not in (torch.float32, torch.bfloat16):
-        return weight_scratch(codes, scale, zero, bits, columns, torch.float32).to(dtype)
+        wide = weight_scratch(codes, scale, zero, bits, columns, torch.float32, group_size)
+        return wide.to(dtype)
     out = _scratch("weight", codes.shape[0], columns, dtype)
     zeros = torch.zeros(1, scale.shape[1]) if zero is None else zero
     if codes.dtype not in (torch.uint8, torch.int8):
         codes = codes.float()
-    _fill(out, codes, scale, zeros, bits)
+    _fill(out, codes, scale, zeros, bits, group_size)
     return out
 
 
@@ -84,7 +94,14 @@ def codes_scratch(codes: Tensor, bits: int, columns: int) -> Tensor:
     return out
 
 
-def _fill(out: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> None:
+def _fill(
+    out: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    group_size: int | None = None,
+) -> None:
     """out = (codes - zero) * scale, rounded to out's dtype, rows shared between threads."""
     if out.numel() == 0:
         return
@@ -93,10 +110,11 @@ def _fill(out: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) ->
         t.detach().contiguous().numpy() for t in (codes, scale.float(), zero.float())
     )
     grain = max(1, GRAIN // out.shape[1])
+    group = group_size or out.shape[1] // scale.shape[1]
     if codes.dtype == torch.uint8:
-        work = partial(compiled.scale_packed_rows, data, scales, zeros, target, bits)
+        work = partial(compiled.scale_packed_rows, data, scales, zeros, target, bits, group)
     else:
-        work = partial(compiled.scale_rows, data, scales, zeros, target)
+        work = partial(compiled.scale_rows, data, scales, zeros, target, group)
     parallel_ranges(work, out.shape[0], grain)
 
 
@@ -117,16 +135,27 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _integer_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int
+def integer(codes: Tensor, scale: Tensor) -> bool:
+    """Whether an integer product will do: whole codes and one scale per row at most."""
+    return scale.shape[1] == 1 and not codes.is_floating_point()
+
+
+def integer_product(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out: Tensor | None = None,
 ) -> Tensor:
     """(x_codes @ codes.T - sum(x_codes) * zero) * x_scale * scale + bias, float32."""
-    weight = codes_scratch(codes, bits, x.shape[-1])
-    x_codes, x_scale = quantize_rows(x)
+    weight = codes_scratch(codes, bits, x_codes.shape[-1])
     # The sums are four times the activations: fresh pages for them cost more than their rescaling.
-    sums = _scratch("sums", x.shape[0], codes.shape[0], torch.int32)
+    sums = _scratch("sums", x_codes.shape[0], codes.shape[0], torch.int32)
     acc = integer_matmul(x_codes, weight, out=sums)
-    return rescale(acc, x_codes, x_scale, scale, zero, bias)
+    return rescale(acc, x_codes, x_scale, scale, zero, bias, out)
 
 
 def rescale(
@@ -136,6 +165,7 @@ def rescale(
     scale: Tensor,
     zero: Tensor | None,
     bias: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Turn an integer product into float32 outputs in one pass.
 
@@ -146,9 +176,10 @@ def rescale(
         scale: (out, 1) or (1, 1).
         zero: like scale, or None.
         bias: (out,) or None.
+        out: contiguous float32 (tokens, out) to write into; fresh when left out.
     """
     tokens, outputs = acc.shape
-    out = torch.empty(tokens, outputs)
+    out = torch.empty(tokens, outputs) if out is None else out
     if out.numel() == 0:
         return out
     sums, factors = acc.numpy(), x_scale.reshape(-1).numpy()

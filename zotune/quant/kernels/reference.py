@@ -66,13 +66,14 @@ def linear(
 ) -> Tensor:
     """x @ dequantize(codes).T + bias, the product taken in `compute_dtype` or x's dtype.
 
-    With `scheme.act_bits` the activations are first rounded to int8 per token and the product is
-    taken in float32, as the integer product is exact.
+    With `scheme.integer_inputs` the activations are first rounded to int8 per token and the product
+    is taken in float32, as the integer product is exact.
     """
-    weight = dequantize(one_per_weight(codes, scheme.bits, x.shape[-1]), scale, zero)
+    codes = one_per_weight(codes, scheme.bits, x.shape[-1])
+    weight = dequantize(codes, scale, zero, scheme.group_size)
     dtype = compute_dtype or x.dtype
     inputs = x
-    if scheme.act_bits is not None:
+    if scheme.integer_inputs:
         inputs, dtype = fake_quantize_rows(x), torch.float32
     y = F.linear(inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return y.to(x.dtype)
