@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -169,10 +170,13 @@ def run(
         )  # fmt: skip
         result = train(config)
         metric = f"eval_{result.metric}"
-        curve = [(r["step"], r[metric]) for r in read_metrics(Path(folder)) if metric in r]
+        rows = [r for r in read_metrics(Path(folder)) if metric in r]
+        curve = [(r["step"], nan if r[metric] is None else r[metric]) for r in rows]
     spent = given.budget // share / steps
     points = [(round(step * spent), value) for step, value in curve]
-    return Outcome(result.after, result.before or float("nan"), curve[-1][1], points)
+    return Outcome(
+        result.after, nan if result.before is None else result.before, curve[-1][1], points
+    )
 
 
 def rows_of(

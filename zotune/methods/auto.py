@@ -28,7 +28,7 @@ def auto(
     """Plain steps along SPSA estimates, of the length that the loss itself suggests.
 
         theta <- theta - lr mean_k c_k u_k
-        eps = sqrt(2 * 0.02 / tr H),  lr <= |g|^2 / (tr(H) E[c^2] / k + |H| |g|^2)
+        eps = sqrt(2 * 0.02 L / tr H),  lr <= |g|^2 / (tr(H) E[c^2] / k + |H| |g|^2)
 
     k coefficients c a step; tr H, |H| and |g|^2 of the loss in the blocks' own units come from a
     few probes before the first step, and so do directions and queries (formulas and bounds:

@@ -12,7 +12,7 @@ least, with s = E[c^2] / k and |H| no less than the largest eigenvalue: most for
 
 Noise piles up over a run: to lr^2 tr(H) s T / 6 behind T steps of a linear schedule, and never
 beyond lr d s / 4, where d numbers have come to rest. lr is no larger than what keeps the smaller of
-the two at `NOISE`. No parameter moves while this is measured.
+the two at `NOISE` of the loss. No parameter moves while this is measured.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from zotune.training.batches import Batches
 log = logging.getLogger("zotune")
 
 FIRST, LEAST, MOST = 0.01, 1e-4, 0.2  # eps to begin with, and its bounds
-BEND = 0.02  # change of the loss by curvature at a probe: well above rounding, well below the loss
-NOISE = 0.03  # loss that a run may end with because its steps are noisy
+BEND = 0.02  # share of the loss that curvature adds at a probe: well above rounding
+NOISE = 0.03  # share of the loss that a run may end with because its steps are noisy
 BATCHES, DIRECTIONS = 6, 4
 PER_EXAMPLE = 1 << 16  # numbers of a block, beyond which a direction per example costs too much
 HEAD_QUERIES = 16  # where the network below runs once for all probes
@@ -49,9 +49,10 @@ class Landscape:
     """What the probes saw.
 
     slope: |g|^2. batch, example: E[c^2] of a direction on a whole batch, and on one example.
-    trace: tr H. norm: |H|.
+    trace: tr H. norm: |H|. loss: |L| at the base point, what changes are compared with.
     """
 
+    loss: float
     slope: float
     batch: float
     example: float
@@ -59,16 +60,17 @@ class Landscape:
     norm: float
 
     def eps(self) -> float:
-        """Where the curvature bends the loss by `BEND`."""
-        return min(max(math.sqrt(2 * BEND / self.trace), LEAST), MOST)
+        """Where the curvature bends the loss by `BEND` of it."""
+        return min(max(math.sqrt(2 * BEND * self.loss / self.trace), LEAST), MOST)
 
     def lr(self, estimates: TwoSided | PerExample, examples: int, steps: int, numel: int) -> float:
         """The step that lowers the loss most now and leaves little noise at the end."""
         square = self.example if isinstance(estimates, PerExample) else self.batch
         spread = square / estimates.count(examples)
         greedy = self.slope / (self.trace * spread + self.norm * self.slope)
+        noise = NOISE * self.loss
         calm = max(
-            math.sqrt(6 * NOISE / (self.trace * spread * steps)), 4 * NOISE / (numel * spread)
+            math.sqrt(6 * noise / (self.trace * spread * steps)), 4 * noise / (numel * spread)
         )
         return min(greedy, calm)
 
@@ -133,12 +135,13 @@ def look(
     space.bind_(eps, 1.0, method.units)
     key = Key(batches.seed, step=_LANE)
     shared = [key.fold(query=j) for j in range(DIRECTIONS)]
-    slopes, bends, lanes = [], [], []
+    slopes, bends, lanes, level = [], [], [], 0.0
     for step in range(batches_seen):
         batch = batches[step]
         probes = [Probe(key, 0.0), *_pairs(shared, eps)]
         seen = evaluator.losses(probes, batch, method.perturbation)
         c, h = _slopes(seen, eps)
+        level += abs(float(seen.mean[0])) / batches_seen
         slopes.append(c)
         bends.append(h)
         if evaluator.per_example:
@@ -151,7 +154,8 @@ def look(
     norm = float((h.mean(0).var() / 2).sqrt())
     trace = max(float(h.mean()), norm, 1e-12)
     example = float(torch.stack(lanes).mean()) if lanes else batch_square
-    return Landscape(max(float(cross.mean()), floor), batch_square, example, trace, norm)
+    slope = max(float(cross.mean()), floor)
+    return Landscape(max(level, 1e-12), slope, batch_square, example, trace, norm)
 
 
 def _pairs(keys: list[Key], eps: float) -> list[Probe]:
