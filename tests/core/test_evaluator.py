@@ -15,8 +15,9 @@ from toys import CASES, Case, batch, bert, cross_entropy, digest, gpt2, llama, o
 
 from zotune.core import spaces
 from zotune.core.evaluator import FunctionEvaluator, TorchEvaluator
+from zotune.core.low_rank import LowRank
 from zotune.core.noise import Key
-from zotune.core.perturbation import Gaussian, LowRank, Perturbation, Rademacher
+from zotune.core.perturbation import Gaussian, Perturbation, Rademacher
 from zotune.core.probe import Losses, Probe
 from zotune.core.sites import StackingError
 from zotune.core.space import Space, tensors

@@ -16,10 +16,10 @@ from toys import float_block, perturbations
 from zotune.core import nouns
 from zotune.core.block import CodeBlock, Owner
 from zotune.core.grid import Grid, Rounded
+from zotune.core.low_rank import LowRank
 from zotune.core.noise import Key, draw
 from zotune.core.perturbation import (
     Gaussian,
-    LowRank,
     Perturbation,
     Rademacher,
     Sparse,

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from zotune.core import forwards, sites
 from zotune.core.block import Block, FloatBlock, Owner
 from zotune.core.grid import Grid
+from zotune.core.low_rank import LowRank
 from zotune.core.noise import Key
-from zotune.core.perturbation import Gaussian, LowRank, Perturbation, Rademacher, Sparse, Sphere
+from zotune.core.perturbation import Gaussian, Perturbation, Rademacher, Sparse, Sphere
 from zotune.core.probe import Probe
 from zotune.core.sites import Site, StackingError, View, probing, sites_of
 from zotune.core.spaces import Biases, Codes, Scales, Zeros

@@ -12,7 +12,7 @@ from torch import Tensor
 from toys import float_block, small
 
 from zotune.core import nouns
-from zotune.core.rule import SGD, Adam, GridSign, Rule, SignSGD
+from zotune.core.rule import SGD, Adam, GridSign, MomentumSGD, Rule, SignSGD
 from zotune.core.spaces import Codes
 from zotune.errors import BadInput
 
@@ -47,6 +47,16 @@ def test_sign_moves_every_element_that_has_a_slope_by_lr(lr: float, values: list
     step = SignSGD().step(lambda k: g.clone(), {}, 1, lr, float_block("w", len(values)), 0)
     assert torch.equal(step.abs(), torch.where(g == 0, 0.0, torch.tensor(lr, dtype=torch.float32)))
     assert torch.equal(step.sign(), g.sign())
+
+
+def test_momentum_is_a_running_mean_from_zero() -> None:
+    gs, b1 = grads(6), 0.8
+    for t, step in enumerate(stepped(MomentumSGD(b1), gs)):
+        weights = [(1 - b1) * b1 ** (t - k) for k in range(t + 1)]
+        m = sum((w * g.double() for w, g in zip(weights, gs, strict=False)), torch.zeros(40))
+        assert torch.allclose(step.double(), 0.1 * m, rtol=1e-5, atol=1e-6)
+    with pytest.raises(BadInput, match="want"):
+        MomentumSGD(1.0)
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.7, 0.9), (0.0, 0.5)])
@@ -123,5 +133,11 @@ def test_without_a_learning_rate_nothing_moves_and_without_a_grid_there_is_no_gr
 
 
 def test_rules_are_rebuilt_from_their_repr() -> None:
-    for rule in (SGD(), SignSGD(), GridSign(False), Adam(0.7, 0.9, moments="rebuilt", history=3)):
+    for rule in (
+        SGD(),
+        MomentumSGD(0.5),
+        SignSGD(),
+        GridSign(False),
+        Adam(0.7, 0.9, moments="rebuilt", history=3),
+    ):
         assert eval(repr(rule), vars(nouns).copy()) == rule

@@ -19,9 +19,10 @@ from zotune.core import nouns, step
 from zotune.core.estimator import Estimate, Estimator, OneSided, PerExample, TwoSided
 from zotune.core.evaluator import FunctionEvaluator, TorchEvaluator
 from zotune.core.grid import Rounded
+from zotune.core.low_rank import LowRank
 from zotune.core.method import Method, Schedule
 from zotune.core.noise import Key
-from zotune.core.perturbation import Gaussian, LowRank, Rademacher, Sparse, Sphere
+from zotune.core.perturbation import Gaussian, Rademacher, Sparse, Sphere
 from zotune.core.probe import Losses
 from zotune.core.rule import Adam, SignSGD
 from zotune.core.shaping import Clip, Sign, Standardize

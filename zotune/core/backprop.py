@@ -6,7 +6,7 @@ can show what a gradient would have bought, and what it costs in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.core.block import FloatBlock
+from zotune.core.block import Block, FloatBlock
+from zotune.core.estimator import Estimate
 from zotune.core.evaluator import TorchEvaluator
 from zotune.core.exact import frozen
 from zotune.core.method import Schedule
 from zotune.core.sites import sites_of
 from zotune.core.space import Space
-from zotune.core.step import StepReport
+from zotune.core.step import StepReport, Tuner
 from zotune.errors import BadInput
 
 
@@ -48,63 +49,27 @@ class Backprop:
         return replace(self, **changes)
 
 
-class BackpropTuner:
-    """The same face as `Tuner`, for the baselines: step, state_tensors, load_.
+class Gradient:
+    """The true gradient of the batch loss over float blocks, by autograd, in `leaves`.
 
     Raises BadInput for blocks without gradients (integer codes).
     """
 
-    def __init__(
-        self, space: Space, method: Backprop, evaluator: TorchEvaluator, total: int
-    ) -> None:
-        blocks = [b for b in space if isinstance(b, FloatBlock)]
-        if len(blocks) < len(space.blocks):
-            raise BadInput("integer codes have no gradient; backprop tunes float spaces only")
-        space.bind_(1.0, method.lr, "absolute")
-        space.check_decay(method.weight_decay)
-        self.space, self.method, self.evaluator, self.total = space, method, evaluator, total
-        self.blocks, self.sites = blocks, sites_of(blocks)
-        self.done = self.applied = 0
+    def __init__(self, blocks: Sequence[Block], evaluator: TorchEvaluator) -> None:
+        self.blocks = [b for b in blocks if isinstance(b, FloatBlock)]
+        if len(self.blocks) < len(blocks):
+            raise BadInput("integer codes have no gradient; backprop wants float spaces")
+        self.evaluator, self.sites = evaluator, sites_of(self.blocks)
         # At least float32, so that no small step is lost; 16-bit weights get the rounded values.
         self.leaves = {
             b.name: b.master.to(torch.promote_types(b.master.dtype, torch.float32), copy=True)
             .detach()
             .requires_grad_()
-            for b in blocks
+            for b in self.blocks
         }
-        groups: list[dict[str, Any]] = [
-            {
-                "params": [self.leaves[b.name]],
-                "weight_decay": method.weight_decay * b.decay,
-                "lr": b.lr if b.lr is not None else method.lr,
-            }
-            for b in blocks
-        ]
-        self.optimizer = torch.optim.AdamW(groups, betas=(method.b1, method.b2))
-        self.rates = [g["lr"] for g in groups]
 
-    def step(self, batch: Any) -> StepReport:
-        """One forward, one backward, one AdamW update, in the evaluator's micro-batches."""
-        factor = self.method.schedule.factor(self.done, self.total)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        self.optimizer.zero_grad()
-        loss = self._backward(batch)
-        leaves = list(self.leaves.values())
-        finite = bool(torch.tensor(loss).isfinite())
-        if finite:
-            limit = self.method.clip or float("inf")
-            norm = torch.nn.utils.clip_grad_norm_(leaves, limit)
-            finite = bool(norm.isfinite())
-        report = StepReport(self.done, loss, self.method.lr * factor, finite)
-        self.done += 1
-        if finite:
-            self.optimizer.step()
-            self.applied += 1
-            self._write_back()
-        return report
-
-    def _backward(self, batch: Any) -> float:
+    def backward(self, batch: Any) -> float:
+        """Add the gradient to the leaves' `grad`, in the evaluator's micro-batches; the loss."""
         size = self.evaluator.micro_batch or batch.size
         pieces = [batch.select(i, min(i + size, batch.size)) for i in range(0, batch.size, size)]
         total, whole = 0.0, 0.0
@@ -118,7 +83,6 @@ class BackpropTuner:
                     )
                 share.backward()  # type: ignore[no-untyped-call]
             total, whole = total + float(share.detach()), whole + float(weight.detach().sum())
-        self.evaluator.forwards += 1
         for leaf in self.leaves.values():
             if leaf.grad is not None:
                 leaf.grad /= max(whole, 1e-30)
@@ -135,6 +99,77 @@ class BackpropTuner:
             }
             stack.enter_context(site.holding(values))
         return stack
+
+
+def cosine(tuner: Tuner, estimate: Estimate, batch: Any) -> float:
+    """Cosine between an estimate's g and the true gradient, in the blocks' own units.
+
+    To be called before the estimate is applied. One backward pass and a gradient of every probed
+    block: for small models.
+    """
+    if not isinstance(tuner.evaluator, TorchEvaluator):
+        raise BadInput("the true gradient needs a torch model; drop check_gradient")
+    true = Gradient(tuner.space.probed, tuner.evaluator)
+    true.backward(batch)
+    both = ours = theirs = 0.0
+    with torch.no_grad():
+        for block in true.blocks:
+            g, grad = tuner.estimated(block, estimate), true.leaves[block.name].grad
+            ours += float(g.square().sum(dtype=torch.float64))
+            if grad is not None:
+                grad = grad * block.reach / block.eps_ratio
+                both += float((g * grad).sum(dtype=torch.float64))
+                theirs += float(grad.square().sum(dtype=torch.float64))
+    return both / (ours * theirs) ** 0.5 if ours * theirs > 0 else 0.0
+
+
+class BackpropTuner:
+    """The same face as `Tuner`, for the baselines: step, state_tensors, load_.
+
+    Raises BadInput for blocks without gradients (integer codes).
+    """
+
+    def __init__(
+        self, space: Space, method: Backprop, evaluator: TorchEvaluator, total: int
+    ) -> None:
+        space.bind_(1.0, method.lr, "absolute")
+        space.check_decay(method.weight_decay)
+        self.space, self.method, self.evaluator, self.total = space, method, evaluator, total
+        self.gradient = Gradient(space.blocks, evaluator)
+        self.blocks, self.leaves = self.gradient.blocks, self.gradient.leaves
+        self.done = self.applied = 0
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [self.leaves[b.name]],
+                "weight_decay": method.weight_decay * b.decay,
+                "lr": b.lr if b.lr is not None else method.lr,
+            }
+            for b in self.blocks
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(method.b1, method.b2))
+        self.rates = [g["lr"] for g in groups]
+
+    def step(self, batch: Any) -> StepReport:
+        """One forward, one backward, one AdamW update, in the evaluator's micro-batches."""
+        factor = self.method.schedule.factor(self.done, self.total)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.zero_grad()
+        loss = self.gradient.backward(batch)
+        self.evaluator.forwards += 1
+        leaves = list(self.leaves.values())
+        finite = bool(torch.tensor(loss).isfinite())
+        if finite:
+            limit = self.method.clip or float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(leaves, limit)
+            finite = bool(norm.isfinite())
+        report = StepReport(self.done, loss, self.method.lr * factor, finite)
+        self.done += 1
+        if finite:
+            self.optimizer.step()
+            self.applied += 1
+            self._write_back()
+        return report
 
     @torch.no_grad()
     def _write_back(self) -> None:

@@ -223,8 +223,11 @@ class CodeBlock(Block):
     """The integer codes of a `QuantLinear`, moved by whole codes and clamped to their range.
 
     Coordinates are codes: a displacement of 1 is one grid step. Whole displacements stay int8,
-    so that integer kernels run; others are seen as fractional codes.
+    so that integer kernels run; others are seen as fractional codes. `moved` counts the codes that
+    updates have changed, for whoever watches a run.
     """
+
+    moved: int = field(default=0, init=False)
 
     @classmethod
     def of(cls, name: str, owner: Owner, **options: Any) -> CodeBlock:
@@ -271,6 +274,7 @@ class CodeBlock(Block):
             down = step.floor()
             down += chance.view_as(step) * 0.5 + 0.5 < step - down
             moved, _ = stepped(codes, down, *self.limits)
+        self.moved += int((moved != codes).sum())
         stored.copy_(moved if bits == 8 else pack(moved, bits))
 
     def decay_(self, factor: float, key: Key) -> None:

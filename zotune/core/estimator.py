@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zotune.core.noise import Key
 from zotune.core.probe import Losses, Probe
+from zotune.core.space import Space
 from zotune.errors import BadInput
 
 
@@ -62,6 +63,9 @@ class Estimator(ABC):
             raise BadInput(f"eps={self.eps}; want eps > 0")
         if self.queries < 1:
             raise BadInput(f"queries={self.queries}; want at least 1")
+
+    def check(self, space: Space) -> None:
+        """Refuse what this estimator cannot do for these blocks, before the first forward."""
 
     @property
     @abstractmethod

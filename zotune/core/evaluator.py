@@ -45,7 +45,8 @@ class TorchEvaluator(Evaluator):
 
     objective(model, batch) gives (loss, weight) per example, both (rows,); `stack` probes run in
     one forward (None: all of a step; 1: one at a time, least memory), `micro_batch` examples at a
-    time (None: all). Dropout is off.
+    time (None: all). Dropout is off. A batch may also come in pieces, none or more, each of which
+    is then run by itself.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class TorchEvaluator(Evaluator):
         self.visited: set[str] = set()
 
     @torch.no_grad()
-    def losses(self, probes: Sequence[Probe], batch: Batch, perturbation: Perturbation) -> Losses:
+    def losses(
+        self, probes: Sequence[Probe], batch: Batch | Sequence[Batch], perturbation: Perturbation
+    ) -> Losses:
         if not perturbation.observes:
             return self._losses(probes, batch, perturbation)
         base = [p for p in probes if p.step == 0] or [Probe(probes[0].key, 0.0)]
@@ -90,29 +93,40 @@ class TorchEvaluator(Evaluator):
         found = self._losses(others, batch, perturbation) if others else seen
         return found.put_among(seen, [p.step == 0 for p in probes])
 
-    def _losses(self, probes: Sequence[Probe], batch: Batch, perturbation: Perturbation) -> Losses:
+    def _losses(
+        self, probes: Sequence[Probe], batch: Batch | Sequence[Batch], perturbation: Perturbation
+    ) -> Losses:
         if any(p.per_example for p in probes) and not self.per_example:
             raise BadInput(
                 "directions per example need a loss per example; this objective gives one number "
                 "per batch: use directions='batch'"
             )
-        pieces, weights = [], []
-        size = self.micro_batch or batch.size
-        for first in range(0, batch.size, size):
-            piece = (
-                batch if size >= batch.size else batch.select(first, min(first + size, batch.size))
-            )
+        self.forwards += len(probes)
+        pieces = self._pieces(batch)
+        if not pieces:
+            return Losses.none(len(probes))
+        losses, weights, first = [], [], 0
+        for piece in pieces:
             rows = [
                 self._stacked(group, piece, first, perturbation)
                 for group in _groups(probes, self.stack)
             ]
-            pieces.append(torch.cat([loss for loss, _ in rows]))
+            losses.append(torch.cat([loss for loss, _ in rows]))
             weights.append(rows[0][1])
-        self.forwards += len(probes)
+            first += piece.size
         weight = torch.cat(weights)
         total = weight.sum().clamp_min(1e-300)
         exact = self.last.gradients(len(probes) * float(total))
-        return Losses(torch.cat(pieces, dim=1), weight / total, exact)
+        return Losses(torch.cat(losses, dim=1), weight / total, exact)
+
+    def _pieces(self, batch: Batch | Sequence[Batch]) -> Sequence[Batch]:
+        if not isinstance(batch, Batch):
+            return batch
+        size = self.micro_batch or batch.size
+        if size >= batch.size:
+            return [batch]
+        starts = range(0, batch.size, size)
+        return [batch.select(first, min(first + size, batch.size)) for first in starts]
 
     def _stacked(
         self, probes: Sequence[Probe], batch: Batch, first: int, perturbation: Perturbation
@@ -128,14 +142,23 @@ class TorchEvaluator(Evaluator):
         loss = loss.detach().double().view(len(probes), -1).cpu()
         return loss, weight.detach().double().view(len(probes), -1)[0].cpu()
 
-    def check(self, batch: Batch, probes: Sequence[Probe], perturbation: Perturbation) -> list[str]:
+    def check(
+        self,
+        batch: Batch,
+        probes: Sequence[Probe],
+        perturbation: Perturbation,
+        apart: bool = False,
+    ) -> list[str]:
         """Compare stacked with one-at-a-time evaluation once; stacking is switched off if it is
         wrong for this model. Returns the names of blocks that no forward used.
 
+        `apart`: an example's loss must not depend on the others of its batch either.
+
         Raises:
-            StackingError: if directions per example are wrong for this model however it is run.
+            StackingError: if directions per example, or examples apart, are wrong for this model
+                however it is run.
         """
-        lanes = any(p.per_example for p in probes)
+        lanes = apart or any(p.per_example for p in probes)
         probes, batch = probes[:2], batch.select(0, min(batch.size, CHECKED))
         wanted, micro_batch = self.stack, self.micro_batch
         self.stack, self.micro_batch = 1, 1 if lanes else micro_batch
@@ -145,8 +168,9 @@ class TorchEvaluator(Evaluator):
             self.stack = 1
         if lanes and self.stack == 1 and not self._agrees(truth, batch, probes, perturbation):
             raise StackingError(
-                "with a direction per example this model gives other losses than each example "
-                "alone: it mixes the rows of a batch; use directions='batch'"
+                "this model gives an example another loss in a batch than alone: it mixes the rows "
+                "of a batch, so it can have no direction per example and no private training; use "
+                "directions='batch', or another model"
             )
         self.forwards = 0
         seen = {

@@ -59,6 +59,26 @@ def _too_large(view: View, site: Site) -> bool:
     return len(view.parts) * max(b.numel for b in site.blocks.values()) > _SMALL
 
 
+def _factors(view: View, block: Block | None) -> tuple[Tensor, Tensor, list[float]] | None:
+    """Factors of each part's direction, (parts, rows, r) and (parts, r, columns), and its step;
+    None where the parts' values are not theta + step left @ right."""
+    if not isinstance(block, FloatBlock) or block.minimum is not None:
+        return None
+    if not isinstance(block.reach, float):
+        return None
+    probes = [view.probes[part.probe] for part in view.parts]
+    keys = [
+        probe.key if part.lane is None else probe.key.fold(lane=view.first + part.lane)
+        for probe, part in zip(probes, view.parts, strict=True)
+    ]
+    drawn = list(dict.fromkeys(keys))  # +eps and -eps share a direction
+    found = view.perturbation.factors(drawn, block)
+    if found is None:
+        return None
+    places = [drawn.index(key) for key in keys]
+    return found[0][places], found[1][places], [probe.step * block.reach for probe in probes]
+
+
 @probed(LowRank)
 def low_rank(site: Site, view: View, x: Tensor) -> Any:
     """One product with a shared A, one batched product with the parts' own B."""
@@ -80,16 +100,23 @@ def low_rank(site: Site, view: View, x: Tensor) -> Any:
 
 @probed(nn.Linear)
 def linear(site: Site, view: View, x: Tensor) -> Any:
-    """Directions per example on a small layer (a head): one batched product. Else part by part."""
+    """Low-rank directions beside one product with the weight, which is never perturbed. Others:
+    per example on a small layer (a head) one batched product, else part by part."""
     module = site.module
     assert isinstance(module, nn.Linear)
     each = rows_per_part(site, view, len(x))
     if not each:
         return NotImplemented
-    if not view.lanes or _too_large(view, site):
-        return _linear_parts(site, view, x, each)
     parts = by_part(view, x, each)
-    if "weight" in site.blocks:
+    factors = _factors(view, site.blocks.get("weight"))
+    if factors is None and (not view.lanes or _too_large(view, site)):
+        return _linear_parts(site, view, x, each)
+    if factors is not None:
+        left, right, steps = factors
+        left = left * torch.tensor(steps, device=x.device).view(-1, 1, 1)
+        hidden = parts @ right.to(x.dtype).mT
+        out = F.linear(parts, module.weight).baddbmm_(hidden, left.to(x.dtype).mT)
+    elif "weight" in site.blocks:
         out = parts @ values(view, site.blocks["weight"]).mT
     else:
         out = F.linear(parts, module.weight)
@@ -97,7 +124,7 @@ def linear(site: Site, view: View, x: Tensor) -> Any:
         out = out + values(view, site.blocks["bias"]).unsqueeze(1)
     elif module.bias is not None:
         out = out + module.bias
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], module.out_features)
 
 
 def _linear_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
@@ -140,8 +167,10 @@ def embedding(site: Site, view: View, ids: Tensor) -> Any:
     assert isinstance(module, nn.Embedding)
     assert isinstance(block, FloatBlock)
     each = rows_per_part(site, view, len(ids))
-    if not each or view.lanes or module.max_norm is not None or not isinstance(block.reach, float):
+    if not each or module.max_norm is not None or not isinstance(block.reach, float):
         return NotImplemented
+    if view.lanes:
+        return _embedded_lanes(view, block, ids)
     rows, place = torch.unique(ids, return_inverse=True)
     drawn: dict[Any, Tensor] = {}
     tables = []
@@ -152,6 +181,19 @@ def embedding(site: Site, view: View, ids: Tensor) -> Any:
     offsets = torch.arange(len(view.probes), device=ids.device) * len(rows)
     place = place.view(len(view.probes), -1) + offsets.unsqueeze(1)
     return F.embedding(place.view(ids.shape), torch.cat(tables))
+
+
+def _embedded_lanes(view: View, block: FloatBlock, ids: Tensor) -> Any:
+    """Low-rank directions per example: of each only the rows that its example looks up."""
+    factors = _factors(view, block)
+    if factors is None:
+        return NotImplemented
+    left, right, _ = factors
+    pieces = []
+    for p, rows in enumerate(ids.reshape(len(view.parts), -1)):
+        step = view.probes[view.parts[p].probe].step
+        pieces.append(block.at_rows(rows, left[p, rows] @ right[p] if step else None, step))
+    return torch.cat(pieces).view(*ids.shape, -1)
 
 
 @probed(QuantLinear)

@@ -2,18 +2,19 @@
 
 from zotune.core.backprop import Backprop
 from zotune.core.estimator import OneSided, PerExample, TwoSided
+from zotune.core.feedback import ErrorFeedback
 from zotune.core.grid import Grid, Rounded
-from zotune.core.method import Method, Schedule
+from zotune.core.low_rank import LowRank
+from zotune.core.method import Interlude, Method, Schedule
 from zotune.core.noise import Key
 from zotune.core.perturbation import (
     Gaussian,
-    LowRank,
     Rademacher,
     Sparse,
     Sphere,
     Uniform,
 )
-from zotune.core.rule import SGD, Adam, GridSign, SignSGD
+from zotune.core.rule import SGD, Adam, GridSign, MomentumSGD, SignSGD
 from zotune.core.shaping import Clip, Sign, Standardize
 from zotune.core.space import SpaceSum
 from zotune.core.spaces import (
@@ -29,8 +30,9 @@ from zotune.core.spaces import (
 )
 
 __all__ = [
-    "SGD", "Adam", "Adapter", "Backprop", "Biases", "Clip", "Codes", "Gaussian", "Grid",
-    "GridSign", "Head", "Key", "Lora", "LowRank", "Method", "Norms", "OneSided", "PerExample",
-    "Rademacher", "Rounded", "Scales", "Schedule", "Sign", "SignSGD", "SpaceSum", "Sparse",
-    "Sphere", "Standardize", "TwoSided", "Uniform", "Weights", "Zeros",
+    "SGD", "Adam", "Adapter", "Backprop", "Biases", "Clip", "Codes", "ErrorFeedback", "Gaussian",
+    "Grid", "GridSign", "Head", "Interlude", "Key", "Lora", "LowRank", "Method", "MomentumSGD",
+    "Norms", "OneSided", "PerExample", "Rademacher", "Rounded", "Scales", "Schedule", "Sign",
+    "SignSGD", "SpaceSum", "Sparse", "Sphere", "Standardize", "TwoSided", "Uniform", "Weights",
+    "Zeros",
 ]  # fmt: skip

@@ -48,11 +48,19 @@ class Perturbation(ABC):
         """Fresh memory of a block."""
         return {}
 
+    def states(self, space: Space) -> dict[str, dict[str, Tensor]]:
+        """Fresh memory of all blocks by name, for laws that need to see the whole space."""
+        return {block.name: self.state(block) for block in space.probed}
+
     def learn_(self, space: Space, estimate: Estimate) -> None:
         """Change the blocks' memory, after they were moved by `estimate`."""
 
+    def begin_(self, block: Block) -> None:
+        """Forget what was observed: another batch follows, in one piece or several."""
+
     def observe_(self, block: Block, x: Tensor) -> None:
-        """What flows into the block's module at the base point: (..., features), this batch."""
+        """What flows into the block's module at the base point: (..., features), a piece of this
+        batch. Modules that read one tensor are given the same object."""
 
     @abstractmethod
     def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
@@ -69,6 +77,13 @@ class Perturbation(ABC):
     def draw_rows(self, key: Key, block: Block, rows: Sequence[int]) -> Tensor:
         """Chosen rows of u(key): (len(rows), *shape[1:]); an embedding needs no others."""
         return self.draw(key, block)[list(rows)]
+
+    def factors(
+        self, keys: Sequence[Key], block: Block, start: int = 0, stop: int | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """left (len(keys), stop - start, r), right (len(keys), r, columns): rows start:stop of
+        u(keys[k]) are left[k] @ right[k]. None where directions are no such product."""
+        return None
 
     def combine(
         self,
@@ -189,27 +204,3 @@ class Sparse(Perturbation):
         chance = noise.draw("uniform", key, f"{block.name}#mask", low, high, block.device)
         kept = (chance * 0.5 + 0.5 < self.density).view(shape)
         return Gaussian().draw(key, block, start, stop) * kept * self.density**-0.5
-
-
-@dataclass(frozen=True)
-class LowRank(Perturbation):
-    """u = U V^T / sqrt(rank) for matrices, U and V Gaussian (EGGROLL 2025, arXiv 2511.16652).
-
-    Blocks that are not matrices, or not larger than the factors, are drawn Gaussian.
-    """
-
-    rank: int = 1
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise BadInput(f"rank={self.rank}; want rank >= 1")
-
-    def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
-        stop = block.rows if stop is None else stop
-        if len(block.shape) != 2 or self.rank >= min(block.shape):
-            return Gaussian().draw(key, block, start, stop)
-        columns = block.shape[1]
-        r = self.rank
-        left = noise.draw("gaussian", key, f"{block.name}#u", start * r, stop * r, block.device)
-        right = noise.draw("gaussian", key, f"{block.name}#v", 0, columns * r, block.device)
-        return left.view(-1, r) @ right.view(r, columns) * r**-0.5

@@ -47,6 +47,16 @@ class Losses:
         column = torch.tensor(values, dtype=torch.float64).view(-1, 1)
         return cls(column, torch.ones(1, dtype=torch.float64))
 
+    @classmethod
+    def none(cls, probes: int) -> Losses:
+        """Of a batch without examples.
+
+        >>> Losses.none(2).per_example.shape
+        torch.Size([2, 0])
+        """
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return cls(nothing.expand(probes, 0), nothing)
+
     def put_among(self, others: Losses, theirs: Sequence[bool]) -> Losses:
         """These losses and `others` of the same batch, in the order that `theirs` tells.
 

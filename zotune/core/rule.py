@@ -60,6 +60,25 @@ class SGD(Rule):
 
 
 @dataclass(frozen=True)
+class MomentumSGD(Rule):
+    """m <- b1 m + (1 - b1) g from m = 0, step = lr m: one float32 per number of g."""
+
+    b1: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.b1 < 1:
+            raise BadInput(f"b1={self.b1}; want 0 <= b1 < 1")
+
+    def state(self, block: Block, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        return {"m": torch.zeros(shape, device=block.device)}
+
+    def step(
+        self, grads: Grads, state: dict[str, Tensor], t: int, lr: float, block: Block, start: int
+    ) -> Tensor:
+        return state["m"].mul_(self.b1).add_(grads(0), alpha=1 - self.b1) * lr
+
+
+@dataclass(frozen=True)
 class SignSGD(Rule):
     """step = lr sign(g); elements with g = 0 stay."""
 

@@ -230,10 +230,13 @@ def observing(sites: Sequence[Site], perturbation: Perturbation) -> Iterator[Non
     def watch(site: Site) -> Callable[..., None]:
         def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
             for block in site.blocks.values():
-                perturbation.observe_(block, args[0].detach())
+                perturbation.observe_(block, args[0])
 
         return seen
 
+    for site in sites:
+        for block in site.blocks.values():
+            perturbation.begin_(block)
     handles = [site.module.register_forward_pre_hook(watch(site)) for site in sites]
     try:
         yield

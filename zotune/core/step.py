@@ -81,13 +81,15 @@ class Tuner:
         self.applied = 0
         window = max(stage.rule.window for stage in method.stages)
         self.recent: deque[Estimate] = deque(maxlen=window)
-        self.state = {stage.name: _rule_state(stage, space) for stage in method.stages}
         for block in space:
             block.memory.clear()
         for stage in method.stages:
+            stage.estimator.check(space)
             stage.perturbation.check(space)
+            states = stage.perturbation.states(space)
             for block in space.probed:
-                block.memory.update(stage.perturbation.state(block))
+                block.memory.update(states[block.name])
+        self.state = {stage.name: _rule_state(stage, space) for stage in method.stages}
         if window > 1 and not self.replayable:
             raise BadInput(
                 f"{method.name} looks back over {window} steps, which exact gradients and "
@@ -111,6 +113,11 @@ class Tuner:
     def replayable(self) -> bool:
         """Whether base model and journal are all that the steps come from."""
         return self.method.replayable and not any(b.exact for b in self.space)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of this method on this space."""
+        return [n for stage in self.method.stages for n in stage.perturbation.notes(self.space)]
 
     def ask(self) -> list[Probe]:
         """The points whose losses this step wants."""
@@ -182,6 +189,12 @@ class Tuner:
         assert isinstance(directions, Subspace)
         z = directions.combine_inner(past.keys, _weights(past, block), block)
         return directions.carry(z, block, past.key, key)
+
+    @torch.no_grad()
+    def estimated(self, block: Block, estimate: Estimate) -> Tensor:
+        """g of a probed block, in its own unit: float32, block-shaped."""
+        weights = _weights(estimate, block)
+        return self.now.perturbation.combine(estimate.keys, weights, block, 0, block.rows)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything but the journal that a bitwise resume needs, flat, for safetensors."""

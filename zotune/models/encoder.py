@@ -18,18 +18,39 @@ HEAD_FILE: Final = "head.safetensors"
 HEAD_KEY: Final = "zotune_head"
 
 
+class Pooled(nn.Module):
+    """Sentence embeddings: means of hidden states over real tokens, each to unit length, float32.
+
+    The last layer's, (batch, hidden), or with `every_layer` those of all hidden states, the token
+    embeddings' first, side by side: (batch, hidden * (layers + 1)).
+    """
+
+    def __init__(self, encoder: nn.Module, every_layer: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.every_layer = encoder, every_layer
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Embeddings of token ids and mask (batch, tokens)."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        if not self.every_layer:
+            return _mean(self.encoder(**inputs)[0], attention_mask)
+        states = self.encoder(**inputs, output_hidden_states=True).hidden_states
+        return torch.cat([_mean(state, attention_mask) for state in states], dim=-1)
+
+
 class PooledClassifier(nn.Module):
-    """logits = head(e / |e|), e the mean of the encoder's last hidden states over real tokens.
+    """logits = head(e), e the `Pooled` embedding: of the last layer, or of all of them.
 
     Pooling and head work in float32 whatever the encoder's dtype.
 
     Args:
         encoder: a transformers encoder, called as encoder(input_ids=..., attention_mask=...).
         labels: the classes' names, in the order of the logits.
-        head: nn.Linear(hidden, len(labels)).
+        head: nn.Linear(hidden, len(labels)), or nn.Linear(hidden * (layers + 1), len(labels)) to
+            read every layer.
 
     Raises:
-        BadInput: if the head does not have one output per label.
+        BadInput: if the head does not have one output per label, or inputs of neither size.
     """
 
     def __init__(self, encoder: nn.Module, labels: Sequence[str], head: nn.Linear) -> None:
@@ -39,7 +60,40 @@ class PooledClassifier(nn.Module):
                 f"head has {head.out_features} outputs for {len(labels)} labels {list(labels)}; "
                 "give one output per label"
             )
-        self.encoder, self.labels, self.head = encoder, tuple(labels), head
+        self.embed = Pooled(encoder)
+        self.labels, self.head = tuple(labels), head
+        if head.in_features != self.hidden_size:
+            if head.in_features != self.hidden_size * self.states:
+                raise BadInput(
+                    f"head has {head.in_features} inputs; want {self.hidden_size} (the last layer) "
+                    f"or {self.hidden_size * self.states} (every layer)"
+                )
+            self.embed.every_layer = True
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder under the head."""
+        return self.embed.encoder
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def states(self) -> int:
+        """Hidden states of the encoder: its layers and the token embeddings."""
+        return int(self.config.num_hidden_layers) + 1
+
+    def widen_(self) -> None:
+        """Let the head read every layer; its logits stay what they are."""
+        if self.embed.every_layer:
+            return
+        old = self.head.weight.detach()
+        weight = old.new_zeros(len(old), self.hidden_size * self.states)
+        weight[:, -self.hidden_size :] = old
+        bias = self.head.bias
+        self.head = linear_of(weight, None if bias is None else bias.detach())
+        self.embed.every_layer = True
 
     @classmethod
     def from_texts(
@@ -69,17 +123,14 @@ class PooledClassifier(nn.Module):
         encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         device = next(encoder.parameters()).device
         with torch.no_grad():
-            weight = temperature * embed(encoder, **{k: v.to(device) for k, v in encoded.items()})
+            inputs = {k: v.to(device) for k, v in encoded.items()}
+            weight = temperature * Pooled(encoder)(**inputs)
         return cls(encoder, labels, linear_of(weight, weight.new_zeros(len(texts))))
 
     @property
     def config(self) -> Any:
         """The encoder's configuration."""
         return self.encoder.config
-
-    def embed(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Sentence embeddings of unit length, float32 (batch, hidden)."""
-        return embed(self.encoder, input_ids, attention_mask, **inputs)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Logits (batch, labels), float32, of token ids and mask (batch, tokens)."""
@@ -98,18 +149,20 @@ class PooledClassifier(nn.Module):
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.head.state_dict().items()}
         save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
         config = read_json(folder / "config.json")
-        config[HEAD_KEY] = {"labels": list(self.labels), "pooling": "mean", "normalize": True}
+        config[HEAD_KEY] = {
+            "labels": list(self.labels),
+            "pooling": "mean",
+            "normalize": True,
+            "layers": "all" if self.embed.every_layer else "last",
+        }
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def embed(
-    encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor
-) -> Tensor:
-    """Mean of the last hidden states over the mask, to unit length: float32 (batch, hidden)."""
-    hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs)[0].float()
-    mask = attention_mask.to(hidden.dtype).unsqueeze(1)
-    mean = torch.bmm(mask, hidden).squeeze(1) / mask.sum(-1).clamp(min=1.0)
+def _mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean of hidden states (batch, tokens, hidden) over the mask, to unit length, float32."""
+    mask = attention_mask.float().unsqueeze(1)
+    mean = torch.bmm(mask, hidden.float()).squeeze(1) / mask.sum(-1).clamp(min=1.0)
     return F.normalize(mean, dim=-1)
 
 

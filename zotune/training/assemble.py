@@ -11,18 +11,28 @@ from torch import Tensor, nn
 
 from zotune.core.backprop import Backprop, BackpropTuner
 from zotune.core.evaluator import TorchEvaluator
+from zotune.core.method import Method
 from zotune.core.space import Observe, Space, SpaceSpec
 from zotune.core.step import Tuner
 from zotune.methods import AnyMethod
 from zotune.models import Loaded, fingerprint
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
-from zotune.training.batches import Batches, spread
+from zotune.training import privacy
+from zotune.training.batches import Batches, PoissonBatches, spread
 from zotune.training.config import TrainConfig
 from zotune.training.folders import all_tensors
-from zotune.training.header import check_base, rebuild_space
+from zotune.training.header import check_base, read_record, rebuild_space
 from zotune.training.journal import Journal
-from zotune.training.opening import open_method, open_model, open_space, open_task, train_split
+from zotune.training.measuring import measured
+from zotune.training.opening import (
+    given_options,
+    open_method,
+    open_model,
+    open_space,
+    open_task,
+    train_split,
+)
 
 log = logging.getLogger("zotune")
 OBSERVED = 256  # training examples that a space may look at before it is built
@@ -42,13 +52,25 @@ class Bench:
     spec: SpaceSpec
     evaluator: TorchEvaluator
     tuner: Tuner | BackpropTuner
-    batches: Batches
+    batches: Batches | PoissonBatches
     added: dict[str, Tensor]
     before: dict[str, float]
 
     @property
     def space(self) -> Space:
         return self.tuner.space
+
+    @property
+    def private(self) -> bool:
+        """Whether the training examples are hidden from whoever sees what the run leaves."""
+        return privacy.private(self.method) is not None
+
+    def promise(self, steps: int) -> privacy.Privacy | None:
+        """What a private run promises after so many steps."""
+        mechanism, batches = privacy.private(self.method), self.batches
+        if mechanism is None or not isinstance(batches, PoissonBatches):
+            return None
+        return privacy.spent(mechanism, len(batches.examples), steps, batches.together)
 
     @property
     def coefficients(self) -> int:
@@ -67,20 +89,33 @@ def assemble(
     journal: Journal | None = None,
 ) -> Bench:
     """Build all parts; with a journal, rebuild those of the run that wrote it."""
-    method = open_method(config)
-    spec = open_space(config)
+    method = (
+        open_method(config)
+        if journal is None
+        else read_record(journal.header["method"], (Method, Backprop))
+    )
     task = task or open_task(config)
     train_split(task)
+    privacy.check(method, task, config)
     loaded = open_model(config, model)
     base = fingerprint(loaded.model)
     if journal is not None:
         check_base(journal, base)
     known = {id(t) for t in all_tensors(loaded.model).values()}
     prepared = task.prepare(loaded)
-    batches = Batches(task, train_split(task), config.per_device_train_batch_size, config.seed)
+    spec = (
+        open_space(config, prepared)
+        if journal is None
+        else read_record(journal.header["space"], SpaceSpec)
+    )
+    method = privacy.planned(method, len(train_split(task)), config.max_steps)
+    batches = _batches(config, task, method)
+    shown = batches if isinstance(batches, Batches) else _public(config, task)
     if journal is None:
         before = measure(config, task, prepared, final_split(task))
-        space = spec.build(prepared, _observer(task, batches, config))
+        blind = shown is not batches and "dev" not in task.splits
+        observe = privacy.refuse_looking if blind else _observer(task, shown, config)
+        space = spec.build(prepared, observe)
         _say_space(space)
     else:
         before = journal.header["before"]
@@ -93,12 +128,36 @@ def assemble(
     stack = journal.header["stack"] if journal is not None else config.stack
     evaluator = make_evaluator(config, task, prepared, space, stack)
     tuner = make_tuner(config, space, method, evaluator)
-    if journal is None and isinstance(tuner, Tuner):
-        tuner = _checked(config, task, tuner, batches)
+    if isinstance(tuner, Tuner) and journal is None:
+        tuner = _checked(config, task, tuner, shown)
         evaluator = tuner.evaluator  # type: ignore[assignment]
-    return Bench(
+        if tuner.method.name == "auto":
+            given = given_options(config)
+            method = measured(tuner.method, given, tuner.space, evaluator, shown, config.max_steps)
+            tuner = Tuner(
+                tuner.space, method, config.seed, evaluator=evaluator, total=config.max_steps
+            )
+        for note in tuner.notes:
+            log.info("%s", note)
+    bench = Bench(
         config, loaded, base, task, prepared, method, spec, evaluator, tuner, batches, added, before
     )
+    if bench.private:
+        log.info("planned privacy: %s", bench.promise(config.max_steps))
+    return bench
+
+
+def _batches(config: TrainConfig, task: Task, method: AnyMethod) -> Batches | PoissonBatches:
+    examples, size = train_split(task), config.per_device_train_batch_size
+    if privacy.private(method) is not None:
+        return PoissonBatches(task, examples, size, config.micro_batch or 1)
+    return Batches(task, examples, size, config.seed)
+
+
+def _public(config: TrainConfig, task: Task) -> Batches:
+    """What may be looked at before the first step where the training examples may not."""
+    shown = task.split(first_split(task, ("dev", "test")))
+    return Batches(task, shown, min(len(shown), config.per_device_train_batch_size), config.seed)
 
 
 def measure(config: TrainConfig, task: Task, model: nn.Module, split: str) -> dict[str, float]:
@@ -146,7 +205,8 @@ def _checked(config: TrainConfig, task: Task, tuner: Tuner, batches: Batches) ->
     evaluator, method = tuner.evaluator, tuner.method
     assert isinstance(evaluator, TorchEvaluator)
     wanted = evaluator.stack
-    unused = evaluator.check(batches[0], tuner.ask(), method.perturbation)
+    apart = privacy.private(method) is not None and (config.micro_batch or 1) > 1
+    unused = evaluator.check(batches[0], tuner.ask(), method.perturbation, apart)
     if evaluator.stack != wanted:
         log.warning(
             "stacked probes give other losses on this model; running one at a time (stack=1)"

@@ -1,15 +1,20 @@
-"""Which examples a step sees: a pure function of (seed, step), the same when a run is resumed."""
+"""Which examples a step sees: a pure function of (seed, step), the same when a run is resumed.
+
+But for private runs: there chance picks them anew, and nobody can tell afterwards which.
+"""
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from zotune.errors import DataError
+from zotune.core import secret
+from zotune.errors import BadInput, DataError
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
 
@@ -38,23 +43,20 @@ def indices(seed: int, step: int, size: int, count: int) -> list[int]:
     return [int(permutation(seed, place // count, count)[place % count]) for place in places]
 
 
-class Batches:
+class AbstractBatches(ABC):
     """Collated batches of a task's training examples by step number."""
 
-    def __init__(self, task: Task, examples: Sequence[Any], size: int, seed: int) -> None:
+    def __init__(self, task: Task, examples: Sequence[Any], size: int) -> None:
         if not len(examples):
             raise DataError("the training split is empty; a run needs at least one example")
-        if size > len(examples):
-            log.warning(
-                "batches of %d examples from %d: examples repeat within a batch",
-                size,
-                len(examples),
-            )
-        self.task, self.examples, self.size, self.seed = task, examples, size, seed
+        self.task, self.examples, self.size = task, examples, size
         self._features: dict[int, Any] = {}
 
-    def __getitem__(self, step: int) -> Batch:
-        chosen = indices(self.seed, step, self.size, len(self.examples))
+    @abstractmethod
+    def __getitem__(self, step: int) -> Batch | Sequence[Batch]:
+        """The batch of a step, whole or in pieces to be run one by one."""
+
+    def _collated(self, chosen: Sequence[int]) -> Batch:
         return self.task.collate([self._encoded(i) for i in chosen])
 
     def _encoded(self, index: int) -> Any:
@@ -63,6 +65,60 @@ class Batches:
                 self._features.clear()
             self._features[index] = self.task.encode(self.examples[index])
         return self._features[index]
+
+
+class Batches(AbstractBatches):
+    """Batches of `size` examples each, epoch after epoch in orders that the seed fixes."""
+
+    def __init__(self, task: Task, examples: Sequence[Any], size: int, seed: int) -> None:
+        super().__init__(task, examples, size)
+        self.seed = seed
+        if size > len(examples):
+            log.warning(
+                "batches of %d examples from %d: examples repeat within a batch",
+                size,
+                len(examples),
+            )
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._collated(indices(self.seed, step, self.size, len(self.examples)))
+
+
+class PoissonBatches(AbstractBatches):
+    """Each example is in a step's batch with probability size / n, whatever the others do.
+
+    This is the sampling that privacy is accounted with. It is drawn from secret entropy, anew at
+    every look: batches vary in size, may be empty and do not come again. They come in pieces of
+    `together` examples, each padded by itself. A piece of one is what its example alone makes it,
+    to the last bit; in company, other lengths and shapes round its loss in other ways.
+
+    Raises:
+        BadInput: more examples expected in a batch than there are.
+    """
+
+    def __init__(self, task: Task, examples: Sequence[Any], size: int, together: int = 1) -> None:
+        super().__init__(task, examples, size)
+        self.together = together
+        if size > len(examples):
+            raise BadInput(
+                f"batches of {size} examples are expected from {len(examples)}: each can be in a "
+                "private batch once at most; lower batch_size"
+            )
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        chosen, size = poisson(self.size, len(self.examples)), self.together
+        return [self._collated(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+
+
+def poisson(expected: int, count: int) -> list[int]:
+    """Each of 0, ..., count - 1 with probability expected / count, from secret entropy.
+
+    >>> poisson(3, 3)
+    [0, 1, 2]
+    """
+    words = np.frombuffer(secret.entropy(8 * count), np.uint64) >> np.uint64(1)
+    chosen: list[int] = np.flatnonzero(words < (expected << 63) // count).tolist()
+    return chosen
 
 
 def spread(examples: Sequence[Any], count: int | None) -> Sequence[Any]:

@@ -30,6 +30,7 @@ OWN = {
     "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "logging_steps", "eval_steps",
     "save_steps", "report_to", "callbacks", "journal_sync", "threads", "max_bad_steps",
     "per_device_eval_batch_size", "max_eval_samples", "show_progress", "trust_remote_code",
+    "check_gradient",
 }  # fmt: skip
 """Keys that a resumed run may change: they do not touch the weights."""
 
@@ -48,8 +49,10 @@ class TrainConfig:
         train_file: rows to train on (.jsonl, .json, .csv, .tsv, .parquet, .txt).
         validation_file: rows to choose the best state by.
         test_file: rows for the numbers before and after.
-        method: the method, with options if any: "mezo", "zo-adam(queries=4)".
-        space: what is tuned: "adapter(rank=1)+head"; the method's own default when null.
+        method: the method, with options if any: "qzo", "zo-adam(queries=4)"; "auto" measures its own
+            eps and learning rate before the first step.
+        space: what is tuned: "adapter(rank=1)+head"; the method's own default when null, and with
+            "auto" what suits the model.
         learning_rate: the method's default when null. Alias: lr.
         eps: perturbation scale; the method's default when null. Alias: zo_eps.
         queries: directions per step; the method's default when null.
@@ -61,13 +64,16 @@ class TrainConfig:
         max_steps: updates. Alias: steps.
         per_device_train_batch_size: examples per step. Alias: batch_size.
         per_device_eval_batch_size: examples per forward of an evaluation.
-        micro_batch: examples per forward of a step; the whole batch when null.
+        micro_batch: examples per forward of a step; the whole batch when null (in a private run
+            one, so that no example's loss depends on others).
         stack: probes per forward: null for all of a step, 1 for the least memory.
         max_length: longest sequence in tokens; the task's own limit when null.
         eval_steps: evaluate every so many steps; 0 for never. Alias: eval_every.
         max_eval_samples: examples per evaluation; all when null.
         save_steps: write a snapshot every so many steps; 0 for the end only.
         logging_steps: write metrics every so many steps.
+        check_gradient: every so many steps, log the cosine of the estimate with the true gradient,
+            by one backward pass of a small model; 0 for never.
         load_best_model_at_end: keep the state of the best evaluation instead of the last.
         seed: fixes the directions and the order of the batches.
         scheme: quantize the float model while loading, such as "int4-g64".
@@ -94,7 +100,7 @@ class TrainConfig:
     train_file: str | None = None
     validation_file: str | None = None
     test_file: str | None = None
-    method: str = "mezo"
+    method: str = "auto"
     space: str | None = None
     learning_rate: float | None = None
     eps: float | None = None
@@ -114,6 +120,7 @@ class TrainConfig:
     max_eval_samples: int | None = None
     save_steps: int = 500
     logging_steps: int = 10
+    check_gradient: int = 0
     load_best_model_at_end: bool = False
     seed: int = 0
     scheme: str | None = None
@@ -136,7 +143,7 @@ class TrainConfig:
         for name in ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
                      "logging_steps", "journal_sync", "max_bad_steps"):  # fmt: skip
             self._at_least(name, 1)
-        for name in ("eval_steps", "save_steps", "seed"):
+        for name in ("eval_steps", "save_steps", "check_gradient", "seed"):
             self._at_least(name, 0)
         for name in ("micro_batch", "stack", "max_eval_samples", "threads", "queries"):
             self._at_least(name, 1)

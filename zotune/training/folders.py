@@ -115,7 +115,7 @@ def from_module(model: nn.Module | Loaded) -> Loaded:
 
 
 def _prefix(model: nn.Module) -> str:
-    return "encoder." if isinstance(model, PooledClassifier) else ""
+    return "embed.encoder." if isinstance(model, PooledClassifier) else ""
 
 
 def use_threads(count: int | None) -> None:

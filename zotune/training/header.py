@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 
 from zotune.core.space import Space, SpaceSpec
 from zotune.core.spaces.lora import sizes
-from zotune.errors import JournalError
+from zotune.errors import BadInput, JournalError
+from zotune.methods import records
 from zotune.models import PooledClassifier
 from zotune.models.adapter import CHILD, LowRank, adapters, attach, device_of
 from zotune.tasks.data import fingerprint as data_fingerprint
@@ -46,11 +49,12 @@ def header_of(bench: Bench) -> dict[str, Any]:
         "before": {k: v for k, v in bench.before.items() if math.isfinite(v)},
         "kind": bench.loaded.kind,
         "labels": list(bench.model.labels) if wrapped else None,  # type: ignore[union-attr,arg-type]
+        "head": list(bench.model.head.weight.shape) if wrapped else None,  # type: ignore[union-attr,arg-type]
         "adapters": {p: a.scaling for p, _, a in adapters(bench.model)
                      if f"{p}.{CHILD}.A" in bench.added},
         "stack": bench.evaluator.stack,
         "examples": len(bench.batches.examples),
-        "data": digest_of(bench.batches.examples),
+        "data": None if bench.private else digest_of(bench.batches.examples),
         "task": bench.task.name,
         "noise": noise.VERSION,
         "versions": {"zotune": zotune.__version__, **{n: version(n) for n in VERSIONS}},
@@ -111,8 +115,40 @@ def place_added_(model: nn.Module, header: dict[str, Any], attached: Mapping[str
         b = held.pop(f"{path}.{CHILD}.B", None)
         zeros = a.new_zeros(sizes(layer)[1], a.shape[0])
         attach(layer, LowRank(a, zeros if b is None else b, scaling).to(device_of(layer)))
+    if header["head"] and header["head"][1] != model.head.in_features:  # type: ignore[union-attr]
+        model.widen_()  # type: ignore[operator]
     own = model.state_dict()
     for name, tensor in held.items():
         if name not in own or own[name].shape != tensor.shape:
             raise JournalError(f"the journal holds {name!r}, which this model does not have")
         own[name].copy_(tensor)
+
+
+def read_record(text: str, kind: Any) -> Any:
+    """A frozen record from its repr: names of `methods.records()` and literals, nothing else runs.
+
+    >>> read_record("SGD()", object)
+    SGD()
+    """
+    try:
+        value = _value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, BadInput) as error:
+        raise JournalError(
+            f"the journal holds a record that cannot be read: {text!r} ({error})"
+        ) from error
+    if not isinstance(value, kind):
+        raise JournalError(f"the journal holds {text!r} where another kind of record belongs")
+    return value
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        kind = records().get(node.func.id)
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            raise ValueError(f"unknown record {node.func.id}")
+        return kind(**{str(k.arg): _value(k.value) for k in node.keywords})
+    if isinstance(node, ast.Tuple):
+        return tuple(map(_value, node.elts))
+    if isinstance(node, ast.Name) and node.id in ("inf", "nan"):
+        return float(node.id)
+    return ast.literal_eval(node)

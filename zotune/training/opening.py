@@ -12,9 +12,10 @@ from zotune import methods, tasks
 from zotune.core import spaces
 from zotune.core.calls import split_calls
 from zotune.core.space import SpaceSpec
+from zotune.core.spaces import Head
 from zotune.errors import BadInput, DataError
 from zotune.methods import AnyMethod
-from zotune.models import Loaded
+from zotune.models import Loaded, PooledClassifier
 from zotune.quant import quantize_model_
 from zotune.tasks.data import read_table
 from zotune.tasks.task import Example, Task
@@ -34,14 +35,37 @@ def open_method(config: TrainConfig) -> AnyMethod:
         "warmup": config.warmup_steps,
         "weight_decay": config.weight_decay,
     }
+    name, options = split_calls(config.method)[0]
+    if "batch_size" in methods.entry(name).options:
+        given["batch_size"] = config.per_device_train_batch_size
+        if options.get("batch_size", given["batch_size"]) != given["batch_size"]:
+            raise BadInput(
+                f"batch_size={options['batch_size']} in {config.method!r}, but the run's is "
+                f"{given['batch_size']}; give --batch-size only"
+            )
     return methods.parse(config.method, **{k: v for k, v in given.items() if v is not None})
 
 
-def open_space(config: TrainConfig) -> SpaceSpec:
-    """The space asked for, or the method's default."""
+def given_options(config: TrainConfig) -> set[str]:
+    """Names of the method's options that the user chose, by key or in the call."""
+    given = {
+        "lr": config.learning_rate, "eps": config.eps, "queries": config.queries,
+        "directions": config.directions,
+    }  # fmt: skip
+    return {k for k, v in given.items() if v is not None} | set(split_calls(config.method)[0][1])
+
+
+def open_space(config: TrainConfig, model: nn.Module | None = None) -> SpaceSpec:
+    """The space asked for, or the method's default; `auto` goes by the model.
+
+    A classifier's head that a task put on an encoder is tuned on the directions between classes,
+    read from every layer; anything else by adapters on its activations.
+    """
     if config.space is not None:
         return spaces.parse(config.space)
     name, _ = split_calls(config.method)[0]
+    if name == "auto" and isinstance(model, PooledClassifier):
+        return Head(basis="classes", project=True, layers="all")
     return spaces.parse(methods.entry(name).default_space)
 
 

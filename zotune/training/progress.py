@@ -68,17 +68,19 @@ class Progress:
         """Steps per second since this process began to train, evaluations included."""
         return (self.done - self.start) / max(1e-9, time.monotonic() - self.began)
 
-    def update(self, done: int, loss: float) -> None:
+    def update(self, done: int, loss: float | None) -> None:
+        """After a step; a loss of None is one that nobody may see."""
         self.done = done
         now = time.monotonic()
+        seen = "" if loss is None else f"loss {loss:.4f}  "
         if self._bar is not None:
             memory = readable(peak_bytes(self.device))
-            text = f"loss {loss:.4f}  {self.rate:.1f} steps/s  {memory}"
+            text = f"{seen}{self.rate:.1f} steps/s  {memory}"
             self._bar.update(self._task, completed=done, text=text)
         elif now - self.said >= _LINE_SECONDS or done == self.total:
             self.said = now
             left = (self.total - done) / max(1e-9, self.rate)
             log.info(
-                "step %d/%d  loss %.4f  %.1f steps/s  %s  %.0f s left",
-                done, self.total, loss, self.rate, readable(peak_bytes(self.device)), left,
+                "step %d/%d  %s%.1f steps/s  %s  %.0f s left",
+                done, self.total, seen, self.rate, readable(peak_bytes(self.device)), left,
             )  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from zotune.core.method import Method
 from zotune.core.space import SpaceSpec
 from zotune.core.step import Tuner
 from zotune.errors import BadInput, JournalError
-from zotune.methods import records
 from zotune.models import Loaded, PooledClassifier, fingerprint
+from zotune.models.encoder import linear_of
 from zotune.training.folders import (
     from_module,
     load_model,
@@ -25,11 +23,12 @@ from zotune.training.folders import (
     use_threads,
     write_model,
 )
-from zotune.training.header import check_base, check_noise, rebuild_space
+from zotune.training.header import check_base, check_noise, read_record, rebuild_space
 from zotune.training.journal import Journal
 from zotune.training.resume import replay_
 
 log = logging.getLogger("zotune")
+MAX_HEAD = 1 << 30  # numbers of a head that a journal may ask for
 
 
 def replay(
@@ -146,41 +145,9 @@ def _wrapped(loaded: Loaded, journal: Journal) -> nn.Module:
     labels = journal.header["labels"]
     if labels is None:
         return loaded.model
-    weight = journal.attached.get("head.weight")
-    if weight is None:
-        raise JournalError(f"{journal.path} names {len(labels)} labels but holds no head")
-    head = nn.Linear(weight.shape[1], len(labels), device="meta")  # draws no random numbers
-    head.weight = nn.Parameter(torch.zeros_like(weight))
-    head.bias = nn.Parameter(weight.new_zeros(len(labels)))
+    rows, columns = journal.header["head"]
+    if rows != len(labels) or not 0 < rows * columns < MAX_HEAD:
+        raise JournalError(f"{journal.path} names {len(labels)} labels but a head of {rows}")
     device = next(loaded.model.parameters()).device
-    return PooledClassifier(loaded.model, labels, head.to(device)).eval()
-
-
-def read_record(text: str, kind: Any) -> Any:
-    """A frozen record from its repr: names of `methods.records()` and literals, nothing else runs.
-
-    >>> read_record("SGD()", object)
-    SGD()
-    """
-    try:
-        value = _value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, BadInput) as error:
-        raise JournalError(
-            f"the journal holds a record that cannot be read: {text!r} ({error})"
-        ) from error
-    if not isinstance(value, kind):
-        raise JournalError(f"the journal holds {text!r} where another kind of record belongs")
-    return value
-
-
-def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-        kind = records().get(node.func.id)
-        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-            raise ValueError(f"unknown record {node.func.id}")
-        return kind(**{str(k.arg): _value(k.value) for k in node.keywords})
-    if isinstance(node, ast.Tuple):
-        return tuple(map(_value, node.elts))
-    if isinstance(node, ast.Name) and node.id in ("inf", "nan"):
-        return float(node.id)
-    return ast.literal_eval(node)
+    zeros = torch.zeros(rows, columns, device=device)
+    return PooledClassifier(loaded.model, labels, linear_of(zeros, zeros.new_zeros(rows))).eval()

@@ -7,11 +7,14 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zotune.errors import FormatError
 from zotune.training.config import TrainConfig
 from zotune.training.snapshots import cannot_write, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from zotune.training.privacy import Privacy
 
 METRICS, RESULT, PLOT, CARD, CONFIG = (
     "metrics.jsonl", "result.json", "plot.png", "README.md", "config.yaml"
@@ -24,7 +27,7 @@ class Result:
 
     before, after: the task's metric on `split`. steps: updates asked and journalled; applied: those
     that moved something (not skipped). forwards: passes over a batch. train_seconds: without
-    evaluations. kept: the step whose state was saved.
+    evaluations. kept: the step whose state was saved. privacy: of a private run, what it promises.
     """
 
     before: float | None
@@ -47,6 +50,14 @@ class Result:
     best_step: int | None = None
     journal_bytes: int = 0
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
+    privacy: Privacy | None = None
+
+    @property
+    def improved(self) -> bool:
+        """Whether the metric is better than before; unknown counts as no."""
+        if self.before is None:
+            return False
+        return self.after > self.before if self.higher_is_better else self.after < self.before
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers that are not finite become null, as JSON has no word for them."""
@@ -150,6 +161,7 @@ def card(result: Result, config: TrainConfig, base: str, labels: str) -> str:
         "test_file": config.test_file,
     }
     options = "".join(f" --{k} {v}" for k, v in flags.items() if v not in (None, "auto"))
+    promise = "" if result.privacy is None else f"| privacy | {result.privacy} |\n"
     return f"""---
 base_model: {name}
 library_name: zotune
@@ -167,7 +179,7 @@ library_name: zotune
 | seed | {config.seed} |
 | scheme | {config.scheme or "as the base"} |
 | base fingerprint | `{base}` |
-
+{promise}
 Evaluate: `zotune eval --model model --task {labels!r}{options}`.
 Rebuild from the base and the journal: `zotune replay . --model {name} --out rebuilt`.
 """

@@ -102,7 +102,8 @@ def resume(
     journal = Journal.read(config.out, repair=repair, torn=True)
     _check_same_run(journal, config)
     bench = assemble(config, model=model, task=task, journal=journal)
-    if journal.header["data"] != digest_of(bench.batches.examples):
+    data = None if bench.private else digest_of(bench.batches.examples)
+    if (journal.header["data"], journal.header["examples"]) != (data, len(bench.batches.examples)):
         raise JournalError(
             f"{journal.path} was written with other training examples "
             f"({journal.header['examples']} of them; there are {len(bench.batches.examples)} "

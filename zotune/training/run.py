@@ -6,12 +6,14 @@ import logging
 import math
 import time
 
+from zotune.core.backprop import cosine
 from zotune.core.estimator import Estimate
 from zotune.core.step import StepReport, Tuner
 from zotune.errors import ZotuneError
 from zotune.training import report, snapshots
 from zotune.training.assemble import Bench, final_split, first_split, measure
 from zotune.training.callbacks import Hooks
+from zotune.training.diagnostics import Diagnostics
 from zotune.training.folders import round_to_storage_, write_model
 from zotune.training.interrupts import Interrupts
 from zotune.training.journal import JournalWriter, record_bytes
@@ -37,12 +39,17 @@ class Run:
         self.metrics = Metrics(self.out, self.tuner.done)
         self.best, self.best_step = self._best_so_far()
         self.window: list[float] = []
+        self.diagnostics = Diagnostics(bench.space)
         self.saved = -1
         if isinstance(self.tuner, Tuner):
             self.tuner.record = self._record
 
     def _record(self, step: int, estimate: Estimate) -> None:
         self.writer.append(estimate.scalars, estimate.loss)
+        every = self.config.check_gradient
+        if every and step % every == 0 and estimate.finite:
+            assert isinstance(self.tuner, Tuner)
+            self.diagnostics.cosine = cosine(self.tuner, estimate, self.batch)
 
     def go(self) -> Result:
         before = self._before()
@@ -54,6 +61,8 @@ class Run:
         round_to_storage_(self.bench.model)
         after = self._evaluate(final_split(self.bench.task))
         result = self._result(before, after, peak)
+        if not result.improved and (advice := self.diagnostics.advice()):
+            log.warning("%s", advice)
         write_model(self.bench.model, self.out / "model", self.bench.loaded)
         self.writer.finish(result.kept)
         result.save()
@@ -62,7 +71,9 @@ class Run:
         for folder in (self.out, self.out / "model"):
             snapshots.write_atomic(folder / report.CARD, text.encode())
         self.hooks.end()
-        if self.bench.task.truncated:
+        if result.privacy is not None:
+            log.info("privacy: %s", result.privacy)
+        elif self.bench.task.truncated:  # how many a private run has cut, it keeps to itself
             log.warning("%d sequences were cut to max_length", self.bench.task.truncated)
         return result
 
@@ -78,7 +89,7 @@ class Run:
                 self.hooks.step_begin()
                 step = self._step()
                 self.hooks.step_end(self.tuner.done, self._epoch)
-                progress.update(self.tuner.done, step.loss)
+                progress.update(self.tuner.done, None if self.bench.private else step.loss)
                 self._log(step, progress)
         self._save()
         if interrupts.seen:
@@ -87,8 +98,9 @@ class Run:
 
     def _step(self) -> StepReport:
         began = time.perf_counter()
-        batch = self.bench.batches[self.tuner.done]
-        step = self.tuner.step(batch)
+        self.batch = self.bench.batches[self.tuner.done]
+        step = self.tuner.step(self.batch)
+        self.diagnostics.note(step)
         if not isinstance(self.tuner, Tuner):
             self.writer.append((), step.loss)
         self.seconds += time.perf_counter() - began
@@ -137,7 +149,8 @@ class Run:
         self.hooks.saved()
 
     def _log(self, step: StepReport, progress: Progress) -> None:
-        self.window.append(step.loss)
+        if not self.bench.private:
+            self.window.append(step.loss)
         done = self.tuner.done
         if (
             done % self.config.logging_steps
@@ -154,6 +167,7 @@ class Run:
             "forwards": self.bench.evaluator.forwards,
             "seconds": self.seconds,
             "epoch": self._epoch,
+            **self.diagnostics.row(),
         }
         self.window.clear()
         self.metrics.add({"step": done, **{k: v for k, v in row.items() if v is not None}})
@@ -215,6 +229,7 @@ class Run:
             best_step=self.best_step,
             journal_bytes=self.writer.size + record_bytes(self.writer.n),
             numbers={"before": before, "after": after},
+            privacy=bench.promise(steps),
         )
 
     def _task_text(self) -> str:

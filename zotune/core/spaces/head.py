@@ -12,6 +12,7 @@ from zotune.core.block import FloatBlock, Owner
 from zotune.core.space import Observe, Space, SpaceSpec
 from zotune.core.spaces.parameters import blocks_of, heads
 from zotune.errors import BadInput
+from zotune.models import PooledClassifier
 from zotune.models.adapter import CHILD, LowRank, attach
 
 SHRINKAGE = 0.3  # share of the mean variance added to the covariance within classes
@@ -29,6 +30,10 @@ class Head(SpaceSpec):
     W only its least-squares fit on those directions, for a head that was only guessed (from label
     texts), whose rest is noise. C A is folded into W when the run ends.
 
+    layers="all" lets a classifier's head read every layer's mean state, not the last one's only:
+    what a layer knows of the classes need not pass through those above it (after the linear
+    classifier probes of Alain & Bengio 2016, arXiv 1610.01644).
+
     `exact` takes the gradient that the forwards give exactly, an outer product for a softmax, and
     leaves the head out of the probes: no backward pass runs through the network, but such a run
     cannot be replayed from its journal.
@@ -36,11 +41,14 @@ class Head(SpaceSpec):
 
     basis: str | None = None
     project: bool = False
+    layers: str = "last"
     exact: bool = False
 
     def __post_init__(self) -> None:
         if self.basis not in (None, "classes"):
             raise BadInput(f"basis={self.basis!r}; want 'classes', or none for the whole head")
+        if self.layers not in ("last", "all"):
+            raise BadInput(f"layers={self.layers!r}; want 'last' or 'all'")
         if self.project and self.basis is None:
             raise BadInput("project=True needs a basis to project on; use basis='classes'")
 
@@ -49,6 +57,13 @@ class Head(SpaceSpec):
         return {**super().options, "exact": self.exact}
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
+        if self.layers == "all":
+            if not isinstance(model, PooledClassifier):
+                raise BadInput(
+                    f"layers='all' wants an encoder with a head that a task put on it, not a "
+                    f"{type(model).__name__}; use layers='last'"
+                )
+            model.widen_()
         inside = heads(model)
         if self.basis is None:
             return blocks_of(model, self, lambda o: id(o.module) in inside, None, "head")

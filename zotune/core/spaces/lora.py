@@ -1,4 +1,4 @@
-"""LoRA adapters: A and B both tuned (Hu et al. 2021, arXiv 2106.09685)."""
+"""LoRA adapters: A and B tuned, or B alone (Hu et al. 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ class Lora(SpaceSpec):
 
     Defaults as MeZO's: query and value, rank 8, alpha 16. Adapters that the model already has
     (loaded from a PEFT folder) are tuned further. Unit of A: its rms; of B: 1/sqrt(rank in).
+    With `freeze_a` only B is tuned (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303).
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: str | None = ATTENTION
     seed: int = 0
+    freeze_a: bool = False
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
         if self.rank < 1:
@@ -45,7 +47,7 @@ class Lora(SpaceSpec):
                     attach(layer, self._fresh(path, layer))
         blocks = []
         for path, _, adapter in body_adapters(model):
-            for attribute in ("A", "B"):
+            for attribute in ("B",) if self.freeze_a else ("A", "B"):
                 tensor = getattr(adapter, attribute)
                 unit = rms(tensor) if tensor.any() else (adapter.A.numel()) ** -0.5
                 owner = Owner(f"{path}.{CHILD}", adapter, attribute)
