@@ -49,8 +49,8 @@ class TrainConfig:
         train_file: rows to train on (.jsonl, .json, .csv, .tsv, .parquet, .txt).
         validation_file: rows to choose the best state by.
         test_file: rows for the numbers before and after.
-        method: the method, with options if any: "qzo", "zo-adam(queries=4)"; "auto" measures its own
-            eps and learning rate before the first step.
+        method: the method, with options if any: "qzo", "zo-adam(queries=4)"; "auto" measures eps
+            and learning rate before the first step.
         space: what is tuned: "adapter(rank=1)+head"; the method's own default when null, and with
             "auto" what suits the model.
         learning_rate: the method's default when null. Alias: lr.
