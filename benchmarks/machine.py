@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -56,8 +57,8 @@ def command() -> str:
     """The command line as it was typed, but for the interpreter's folder."""
     main = getattr(sys.modules["__main__"], "__spec__", None)
     if main is not None and main.name.startswith("benchmarks."):
-        return " ".join(["python", "-m", main.name, *sys.argv[1:]])
-    return " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+        return shlex.join(["python", "-m", main.name, *sys.argv[1:]])
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
 def _version(name: str) -> str | None:
