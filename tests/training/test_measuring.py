@@ -14,6 +14,7 @@ from training.lab import config, task
 from zotune import methods
 from zotune.core.estimator import PerExample, TwoSided
 from zotune.core.evaluator import TorchEvaluator
+from zotune.core.method import Method
 from zotune.core.space import Space
 from zotune.core.spaces import Head, Weights
 from zotune.methods import records
@@ -108,6 +109,16 @@ def test_a_quadratic_is_descended_with_what_was_measured() -> None:
         last = tuner.step(batches[t]).loss
     floor = 0.5 * 0.25 * float(CURVATURE.sum())  # of the data's own spread
     assert last - floor < 0.1 * (first - floor)
+
+
+@pytest.mark.parametrize("directions", ["batch", "one-sided", "example"])
+def test_given_directions_are_kept(directions: str) -> None:
+    space, evaluator, batches = bowl(0.5)
+    auto = methods.get("auto", directions=directions)
+    found = measured(auto, {"directions"}, space, evaluator, batches, 10)  # type: ignore[arg-type]
+    assert isinstance(found, Method)
+    assert type(found.estimator) is type(auto.estimator)
+    assert found.lr != auto.lr
 
 
 def test_what_is_given_is_not_measured(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from zotune.core.method import Decay, Method, Schedule, Units
 from zotune.core.noise import Key
 from zotune.core.orthogonal import newton_schulz
 from zotune.core.perturbation import Perturbation
-from zotune.core.rule import Grads, Rule
+from zotune.core.rule import Grads, MomentumSGD
 from zotune.core.subspace import sides
 from zotune.errors import BadInput
 from zotune.methods import method
@@ -51,17 +51,8 @@ class Patch(Perturbation):
 
 
 @dataclass(frozen=True)
-class PatchMomentum(Rule):
+class PatchMomentum(MomentumSGD):
     """m <- b1 m + (1 - b1) g where g is not 0, elsewhere m stays; step = lr sign(m)."""
-
-    b1: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.b1 < 1:
-            raise BadInput(f"b1={self.b1}; want 0 <= b1 < 1")
-
-    def state(self, block: Block, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        return {"m": torch.zeros(shape, device=block.device)}
 
     def step(
         self, grads: Grads, state: dict[str, Tensor], t: int, lr: float, block: Block, start: int

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zotune.core.estimator import PerExample, TwoSided, estimator
+from zotune.core.estimator import Estimator, PerExample, estimator
 from zotune.core.evaluator import TorchEvaluator
 from zotune.core.method import Method
 from zotune.core.noise import Key
@@ -63,7 +63,7 @@ class Landscape:
         """Where the curvature bends the loss by `BEND` of it."""
         return min(max(math.sqrt(2 * BEND * self.loss / self.trace), LEAST), MOST)
 
-    def lr(self, estimates: TwoSided | PerExample, examples: int, steps: int, numel: int) -> float:
+    def lr(self, estimates: Estimator, examples: int, steps: int, numel: int) -> float:
         """The step that lowers the loss most now and leaves little noise at the end."""
         square = self.example if isinstance(estimates, PerExample) else self.batch
         spread = square / estimates.count(examples)
@@ -87,8 +87,11 @@ def measured(
 
     Costs 72 forwards over batches of the size trained with.
     """
+    if not space.probed:
+        log.warning("auto: every gradient is exact, so nothing is probed; lr=%.3g", method.lr)
+        return method
+    space = Space(space.probed)
     chosen = _estimator(method, given, space, evaluator)
-    space = type(space)(space.probed)
     eps = chosen.eps if "eps" in given else _eps(method, space, evaluator, batches)
     seen = look(method, space, evaluator, batches, eps)
     chosen = type(chosen)(eps, chosen.queries)
@@ -105,17 +108,17 @@ def measured(
 
 def _estimator(
     method: Method, given: set[str], space: Space, evaluator: TorchEvaluator
-) -> TwoSided | PerExample:
+) -> Estimator:
     """A direction per example where blocks are small, many where they cost next to nothing."""
     small = max(b.numel for b in space) <= PER_EXAMPLE and evaluator.per_example
     directions = "example" if small else "batch"
-    if "directions" in given:
-        directions = {PerExample: "example", TwoSided: "batch"}[type(method.estimator)]
     head = isinstance(evaluator.model, PooledClassifier) and all(
         b.name.startswith("head") for b in space
     )
     queries = HEAD_QUERIES if head and "queries" not in given else method.estimator.queries
-    return estimator(directions, method.estimator.eps, queries)  # type: ignore[return-value]
+    if "directions" in given:
+        return type(method.estimator)(method.estimator.eps, queries)
+    return estimator(directions, method.estimator.eps, queries)
 
 
 def _eps(method: Method, space: Space, evaluator: TorchEvaluator, batches: Batches) -> float:
