@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():  # read when Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 settings.register_profile("zotune", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("zotune")

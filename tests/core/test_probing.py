@@ -255,6 +255,27 @@ def test_quantized_layers(
     assert close(fast(module, blocks, view, x, use=False), truth, worst)
 
 
+@settings(max_examples=15)
+@given(probes=probe_lists(), shape=shapes, bias=st.booleans(),
+       scheme=st.sampled_from(("int4-g2", "int8-channel", "int8-tensor-a8", "int4-g2-a8")),
+       space=st.sampled_from((Scales(), Codes(), Zeros(), Biases())))  # fmt: skip
+def test_quantized_layers_by_triton(
+    probes: list[Probe], shape: Any, bias: bool, scheme: str, space: Any
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    examples, k, tokens, width, out = shape
+    scheme = "int4-g2-asym" if isinstance(space, Zeros) else scheme
+    source = filled_(nn.Linear(2 * width, out, bias=bias or isinstance(space, Biases)))
+    module = QuantLinear.from_linear(source, Scheme.parse(scheme))  # type: ignore[arg-type]
+    built = space.build(nn.Sequential(module))
+    built.bind_(0.3, 1.0, "relative")
+    view = View(probes, examples, Gaussian(), 0, len(probes) * examples * k)
+    x = inputs(view.rows, tokens, 2 * width, torch.float32, 1)
+    truth = alone(module, list(built), view, x)
+    with kernels.force("triton"):
+        assert close(fast(module, list(built), view, x), truth)
+
+
 # ---- slices of one output ------------------------------------------------------------
 
 

@@ -267,7 +267,7 @@ def test_a_forced_kernel_without_gradient_refuses_to_lose_one() -> None:
 
 
 def test_unknown_kernels_are_refused_by_name() -> None:
-    with pytest.raises(BadInput, match=r"'marlin' is unknown; use one of \['cpu', 'reference'\]"):
+    with pytest.raises(BadInput, match=r"'marlin' is unknown; use one of .*'triton'"):
         kernels.kernel("marlin")
     with pytest.raises(BadInput, match="'marlin'"), kernels.force("marlin"):
         pass

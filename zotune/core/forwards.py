@@ -204,6 +204,8 @@ def quant_linear(site: Site, view: View, x: Tensor) -> Any:
     each = rows_per_part(site, view, len(x))
     if not each:
         return NotImplemented
+    if _kernel(x, module) == "triton" and "codes" not in site.blocks:
+        return _stacked(site, view, x)
     if set(site.blocks) != {"scale"} or module.zero is not None or module.scale.shape[1] != 1:
         return _quant_parts(site, view, x, each)
     scale = values(view, site.blocks["scale"]).mT  # (parts, 1, out or 1)
@@ -213,6 +215,31 @@ def quant_linear(site: Site, view: View, x: Tensor) -> Any:
     return out.view(*x.shape[:-1], -1).to(x.dtype)
 
 
+def _kernel(x: Tensor, module: QuantLinear) -> str:
+    return kernels.chosen(x, module.scale, module.zero, module.bias)
+
+
+def _stacked(site: Site, view: View, x: Tensor) -> Tensor:
+    """All parts in one launch, which unpacks the codes once for two of them."""
+    from zotune.quant.kernels import triton
+
+    module = site.module
+    assert isinstance(module, QuantLinear)
+
+    def points(name: str, own: Tensor | None) -> Tensor | None:
+        if name in site.blocks:
+            return values(view, site.blocks[name])
+        return None if own is None else own[None]
+
+    scale, zero, bias = (points(name, getattr(module, name)) for name in ("scale", "zero", "bias"))
+    assert scale is not None
+    parts = module.inputs(x).reshape(len(view.parts), -1, x.shape[-1])
+    out = triton.stacked(
+        parts, module.codes, scale, zero, bias, module.scheme, module.compute_dtype
+    )
+    return out.view(*x.shape[:-1], -1)
+
+
 def _quant_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
     from zotune.quant.kernels import parts
 
@@ -220,7 +247,7 @@ def _quant_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
     assert isinstance(module, QuantLinear)
     if len(view.parts) == 1 or not _sliceable(site, x):
         return NotImplemented
-    if kernels.chosen(x, module.scale, module.zero, module.bias) != "cpu":
+    if _kernel(x, module) != "cpu":
         return NotImplemented
     # Codes that are numbers of a table are looked up once for all parts.
     own = module.codes if module.scheme.kind == "int" else module.unpacked()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from zotune.core import noise_reference as reference
+from zotune.quant.kernels import has_triton
 from zotune.quant.kernels.threads import parallel_ranges
 
 Law = Literal["gaussian", "uniform", "rademacher"]
@@ -101,6 +102,11 @@ def draw_rows(
     single rows of an embedding (one key, many starts).
     """
     device = torch.device(device)
+    if has_triton(device.type):
+        from zotune.core import noise_triton
+
+        out = torch.empty(len(keys), n, device=device)
+        return noise_triton.fill_(out, law, keys, [1.0] * len(keys), starts, name)
     if device.type != "cpu":
         seed_key = philox_key(keys[0].seed, name)
         rows = [
@@ -144,6 +150,11 @@ def draw_whole(
     [-2, -1, 0, 1, 2]
     """
     device = torch.device(device)
+    if has_triton(device.type):
+        from zotune.core import noise_triton
+
+        out = torch.empty(1, stop - start, dtype=torch.int8, device=device)
+        return noise_triton.fill_(out, "whole", [key], [1.0], [start], name, most=most)[0]
     if device.type != "cpu":
         u = draw("uniform", key, name, start, stop, device)
         return reference.whole(u, most).to(torch.int8)
@@ -176,6 +187,12 @@ def combine_(
     >>> set(g.abs().tolist()) <= {1.0, 3.0}
     True
     """
+    if has_triton(out.device.type):
+        from zotune.core import noise_triton
+
+        starts = [start] * len(keys)
+        rows = out.view(1, -1)
+        return noise_triton.fill_(rows, law, keys, coefficients, starts, name, add=True)[0]
     if out.device.type != "cpu":
         seed_key = philox_key(keys[0].seed, name)
         for k, c in zip(keys, coefficients, strict=True):

@@ -1,7 +1,8 @@
 """The table of kernels for the forward of a quantized linear layer.
 
 A kernel is a function `(x, codes, scale, zero, bias, scheme, compute_dtype) -> y` known by name.
-`reference` works everywhere and is the truth; `cpu` is fast and chosen by itself where it can run.
+`reference` works everywhere and is the truth; `cpu` and `triton` (NVIDIA and AMD GPUs) are fast and
+chosen by themselves where they can run.
 Codes of dtype uint8 are packed; any other dtype holds one number per weight, fractions included.
 """
 
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Final
 
 import torch
@@ -30,6 +32,7 @@ Kernel = Callable[
 KERNELS: Final[dict[str, str]] = {
     "reference": "zotune.quant.kernels.reference",
     "cpu": "zotune.quant.kernels.cpu",
+    "triton": "zotune.quant.kernels.triton",
 }
 _forced: ContextVar[str | None] = ContextVar("zotune_kernel", default=None)
 
@@ -75,7 +78,19 @@ def chosen(x: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -
         for tensor in (x, scale, zero, bias):
             if tensor is not None and tensor.requires_grad:
                 return "reference"
-    return "cpu" if x.device.type == "cpu" else "reference"
+    if x.device.type == "cpu":
+        return "cpu"
+    return "triton" if has_triton(x.device.type) else "reference"
+
+
+@cache
+def has_triton(device: str) -> bool:
+    """Whether Triton's kernels run on this kind of device.
+
+    >>> has_triton("cpu")
+    False
+    """
+    return device == "cuda" and find_spec("triton") is not None
 
 
 def linear(
