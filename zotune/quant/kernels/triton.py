@@ -37,7 +37,9 @@ DTYPES = {
 
 
 @_jit
-def _codes(at, inside, table, plane: tl.constexpr, bits: tl.constexpr, lookup: tl.constexpr):  # fmt: skip
+def _codes(
+    at, inside, table, plane: tl.constexpr, bits: tl.constexpr, lookup: tl.constexpr
+):  # fmt: skip
     """One tile of codes: numbers of a table, or whole or fractional codes, centred."""
     q = tl.load(at, inside, other=0)
     if bits < 8:
