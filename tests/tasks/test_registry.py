@@ -14,7 +14,7 @@ def test_every_name_is_listed_and_described() -> None:
     expected = {
         "sst2", "sst5", "mr", "trec", "rte", "cb", "boolq", "copa", "wic", "wsc", "multirc",
         "snli", "mnli", "squad", "wikitext2", "tickets", "tinystories", "ag_news",
-        "classification", "choice", "sft", "lm", "qa",
+        "classification", "choice", "sft", "lm", "qa", "images", "digits", "mnist", "cifar10",
     }  # fmt: skip
     assert set(tasks.names()) == expected
     for name in tasks.names():
