@@ -190,11 +190,8 @@ class ImageClassification(Task):
         self, model: nn.Module, examples: Sequence[Example], batch_size: int
     ) -> dict[str, float]:
         """loss (cross-entropy), accuracy, macro_f1 and, for two labels, f1 of label 1."""
-        device, found, wanted = (
-            device_of(model),
-            list[Tensor](),
-            [int(e["label"]) for e in examples],
-        )
+        wanted = [int(example["label"]) for example in examples]
+        device, found = device_of(model), list[Tensor]()
         with evaluating(model):
             for part in chunks([0] * len(examples), batch_size):
                 batch = self.batch([examples[i] for i in part]).to(device)

@@ -74,7 +74,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def heads(model: nn.Module) -> set[int]:
-    """ids of the modules that make the output: a classifier by its name, or the output embedding."""
+    """ids of the modules that make the output: a classifier by name, or the output embedding."""
     names = ("head", "score", "classifier", "fc", "qa_outputs")
     found = {id(m) for n in names if isinstance(m := getattr(model, n, None), nn.Module)}
     output = getattr(model, "get_output_embeddings", lambda: None)()
