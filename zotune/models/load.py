@@ -15,6 +15,7 @@ from zotune.models.encoder import HEAD_KEY, PooledClassifier, read_head
 from zotune.models.tokenizer import load_tokenizer, with_padding
 from zotune.quant import QuantLayer, Scheme, formats, quantize_model_
 from zotune.quant.formats.tensors import read_json
+from zotune.quant.model import DEFAULT_EXCLUDE, IMAGE_HEADS
 
 KINDS: Final = ("causal", "encoder", "classifier", "vision")
 DTYPES: Final = {
@@ -52,7 +53,7 @@ def load(
     kind: str = "auto",
     dtype: str | torch.dtype = "auto",
     scheme: str | Scheme | None = None,
-    exclude: tuple[str, ...] = ("lm_head",),
+    exclude: tuple[str, ...] | None = None,
     compute_dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     device: str | torch.device = "cpu",
@@ -67,7 +68,7 @@ def load(
         dtype: of float tensors: "float32", "bfloat16", "float16", or "auto": what is stored for
             quantized folders, else float32 on the CPU and the config's dtype elsewhere.
         scheme: quantize a float model to nearest while loading, such as "int4-g64".
-        exclude: layers that `scheme` leaves alone.
+        exclude: layers that `scheme` leaves alone; the output layer when None.
         compute_dtype: dtype of quantized layers' products: "auto" takes bfloat16 where the CPU
             multiplies it in hardware, "float32" and "bfloat16" as they say.
         trust_remote_code: whether Python files of the checkpoint may run.
@@ -95,7 +96,8 @@ def load(
         trust_remote_code=trust_remote_code,
     )
     if scheme is not None:
-        quantize_model_(model, scheme, exclude)
+        heads = IMAGE_HEADS if resolved == "vision" else DEFAULT_EXCLUDE
+        quantize_model_(model, scheme, heads if exclude is None else exclude)
     set_compute_dtype_(model, compute_dtype)
     inner_config = model.config
     if pooled:

@@ -72,14 +72,15 @@ class QuantLayer(nn.Module, ABC):
         if bias:
             self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device))
 
-    def take_(self, weight: Tensor, bias: nn.Parameter | None, name: str) -> None:
+    def take_(self, weight: Tensor, bias: Tensor | None, name: str) -> None:
         """Hold the nearest codes of a weight (rows, columns), and this bias itself.
 
         Raises:
             BadInput: if the weight cannot take the scheme; the message names the layer.
         """
         codes, self.scale, self.zero = affine.quantize(weight, self.scheme, name)
-        self.codes, self.bias = pack(codes, self.scheme.bits), bias
+        self.codes = pack(codes, self.scheme.bits)
+        self.bias = bias  # type: ignore[assignment]
 
     def unpacked(self) -> Tensor:
         """Codes (rows, columns), one number per weight; a copy only where they are packed."""

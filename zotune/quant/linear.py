@@ -75,8 +75,7 @@ class QuantLinear(QuantLayer):
         """
         layer = cls.like(module, scheme)
         weight = module.weight.detach().t() if is_conv1d(module) else module.weight.detach()
-        bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-        layer.take_(weight, bias, name or type(module).__name__)
+        layer.take_(weight, module.bias, name or type(module).__name__)
         return layer.train(module.training)  # type: ignore[union-attr]
 
     @classmethod

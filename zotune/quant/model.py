@@ -14,6 +14,8 @@ from zotune.quant.layer import QuantLayer
 from zotune.quant.linear import QuantLinear, is_conv1d
 
 DEFAULT_EXCLUDE = ("lm_head",)
+IMAGE_HEADS = ("classifier", "classifier.*", "head", "head.*", "fc")
+"""What image classifiers call their output layer."""
 
 
 def quantize_model_(

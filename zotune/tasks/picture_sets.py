@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from zotune.tasks.vision import Augmentation, ImageClassification
 
 Found = tuple[Tables, Pictures, list[str]]
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SPLITS = ("train", "test")
 DIGITS = tuple("0123456789")
 
 
@@ -49,10 +51,9 @@ def mnist() -> Found:
     file = _local("mnist/mnist.npz")
     if file is None:
         return _hub("ylecun/mnist", "image", DIGITS)
-    with _npz(file, ("train_x", "train_y", "test_x", "test_y")) as data:
-        parts = {s: (data[f"{s}_x"], data[f"{s}_y"]) for s in ("train", "test")}
-    tables = {s: numbered(s, y, f"{file} ({s})") for s, (_, y) in parts.items()}
-    return tables, Arrays({s: x for s, (x, _) in parts.items()}), list(DIGITS)
+    held = _npz(file, [f"{s}_{part}" for s in SPLITS for part in "xy"])
+    tables = {s: numbered(s, held[f"{s}_y"], f"{file} ({s})") for s in SPLITS}
+    return tables, Arrays({s: held[f"{s}_x"] for s in SPLITS}), list(DIGITS)
 
 
 def cifar10() -> Found:
@@ -60,11 +61,9 @@ def cifar10() -> Found:
     file = _local("cifar10_jpeg/cifar10_jpeg.npz")
     if file is None:
         return _hub("uoft-cs/cifar10", "img", CIFAR10)
-    keys = [f"{s}_{part}" for s in ("train", "test") for part in ("jpeg", "off", "label")]
-    with _npz(file, keys) as data:
-        held = {key: data[key] for key in keys}
-    encoded = Encoded({s: (held[f"{s}_jpeg"], held[f"{s}_off"]) for s in ("train", "test")})
-    tables = {s: numbered(s, held[f"{s}_label"], f"{file} ({s})") for s in ("train", "test")}
+    held = _npz(file, [f"{s}_{part}" for s in SPLITS for part in ("jpeg", "off", "label")])
+    encoded = Encoded({s: (held[f"{s}_jpeg"], held[f"{s}_off"]) for s in SPLITS})
+    tables = {s: numbered(s, held[f"{s}_label"], f"{file} ({s})") for s in SPLITS}
     return tables, encoded, list(CIFAR10)
 
 
@@ -169,16 +168,16 @@ def _local(path: str) -> Path | None:
     return root / path if root is not None and (root / path).is_file() else None
 
 
-def _npz(file: Path, keys: Sequence[str]) -> Any:
-    """An open .npz file that has these arrays; pickled objects are refused."""
+def _npz(file: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """These arrays of a .npz file; pickled objects are refused."""
     try:
-        data = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} is no readable .npz file ({error})") from error
-    missing = sorted(set(keys) - set(data.files))
-    if missing:
-        raise DataError(f"{file} lacks the arrays {', '.join(missing)}")
-    return data
+        with np.load(file, allow_pickle=False) as data:
+            missing = sorted(set(keys) - set(data.files))
+            if missing:
+                raise DataError(f"{file} lacks the arrays {', '.join(missing)}")
+            return {key: data[key] for key in keys}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise DataError(f"{file} cannot be read ({error}); fetch it again") from error
 
 
 def _hub(name: str, field: str, labels: Sequence[str]) -> Found:

@@ -71,8 +71,8 @@ class Preprocessing:
         """The same with what the user says."""
         changed = self if channels is None else replace(self, channels=channels)
         if size is not None:
-            pair = (size, size) if isinstance(size, int) else tuple(size)
-            changed = replace(changed, size=pair, resized=None)
+            height, width = (size, size) if isinstance(size, int) else size
+            changed = replace(changed, size=(height, width), resized=None)
         if mean is not None:
             changed = replace(changed, mean=_floats(mean))
         return changed if std is None else replace(changed, std=_floats(std))
