@@ -133,7 +133,7 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 5}, "bits=5"),
+        ({"bits": 6}, "bits=6"),
         ({"granularity": "row"}, "granularity='row'"),
         ({"group_size": None}, "needs a group_size"),
         ({"group_size": 0}, "needs a group_size"),
@@ -147,7 +147,7 @@ def test_schemes_that_do_not_exist_are_refused(options: dict[str, object], messa
 
 
 @pytest.mark.parametrize(
-    "text", ["", "int4", "int4-g", "4-g64", "int4-g64-a8-asym", "int4_g64", "int5-g8"]
+    "text", ["", "int4", "int4-g", "4-g64", "int4-g64-a8-asym", "int4_g64", "int6-g8"]
 )
 def test_texts_that_are_no_scheme_are_refused(text: str) -> None:
     with pytest.raises(BadInput):

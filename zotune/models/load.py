@@ -15,7 +15,7 @@ from zotune.models.encoder import HEAD_KEY, PooledClassifier, read_head
 from zotune.models.tokenizer import load_tokenizer, with_padding
 from zotune.quant import QuantLayer, Scheme, formats, quantize_model_
 from zotune.quant.formats.tensors import read_json
-from zotune.quant.model import DEFAULT_EXCLUDE, IMAGE_HEADS
+from zotune.quant.model import default_exclude
 
 KINDS: Final = ("causal", "encoder", "classifier", "vision")
 DTYPES: Final = {
@@ -96,8 +96,8 @@ def load(
         trust_remote_code=trust_remote_code,
     )
     if scheme is not None:
-        heads = IMAGE_HEADS if resolved == "vision" else DEFAULT_EXCLUDE
-        quantize_model_(model, scheme, heads if exclude is None else exclude)
+        left = default_exclude(resolved) if exclude is None else exclude
+        quantize_model_(model, scheme, left)
     set_compute_dtype_(model, compute_dtype)
     inner_config = model.config
     if pooled:

@@ -57,8 +57,8 @@ class QuantConv2d(QuantLayer):
         Raises:
             BadInput: if the weight cannot take the scheme; the message names the layer.
         """
-        layer = cls.like(module, scheme)
-        layer.take_(module.weight.detach().flatten(1), module.bias, name or type(module).__name__)
+        layer, weight = cls.like(module, scheme), module.weight.detach().flatten(1)
+        layer.hold_(*affine.quantize(weight, scheme, name or type(module).__name__), module.bias)
         return layer.train(module.training)
 
     @classmethod

@@ -72,14 +72,9 @@ class QuantLayer(nn.Module, ABC):
         if bias:
             self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device))
 
-    def take_(self, weight: Tensor, bias: Tensor | None, name: str) -> None:
-        """Hold the nearest codes of a weight (rows, columns), and this bias itself.
-
-        Raises:
-            BadInput: if the weight cannot take the scheme; the message names the layer.
-        """
-        codes, self.scale, self.zero = affine.quantize(weight, self.scheme, name)
-        self.codes = pack(codes, self.scheme.bits)
+    def hold_(self, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> None:
+        """Take codes (rows, columns), and the others themselves, in place of the layer's own."""
+        self.codes, self.scale, self.zero = pack(codes, self.scheme.bits), scale, zero
         self.bias = bias  # type: ignore[assignment]
 
     def unpacked(self) -> Tensor:

@@ -73,15 +73,29 @@ class QuantLinear(QuantLayer):
         Raises:
             BadInput: if the layer's weight cannot take the scheme; the message names the layer.
         """
+        name = name or type(module).__name__
+        return cls.from_codes(module, scheme, *affine.quantize(matrix(module), scheme, name))
+
+    @classmethod
+    def from_codes(
+        cls,
+        module: nn.Linear | Conv1DLike,
+        scheme: Scheme,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> QuantLinear:
+        """The layer that takes the place of `module`, with these values; shares its bias."""
         layer = cls.like(module, scheme)
-        weight = module.weight.detach().t() if is_conv1d(module) else module.weight.detach()
-        layer.take_(weight, module.bias, name or type(module).__name__)
+        layer.hold_(codes, scale, zero, module.bias)
+        layer.order = order
         return layer.train(module.training)  # type: ignore[union-attr]
 
     @classmethod
     def like(cls, module: nn.Linear | Conv1DLike, scheme: Scheme) -> QuantLinear:
         """A layer of the same sizes, its tensors on the meta device."""
-        rows, columns = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
+        rows, columns = matrix(module).shape
         return cls(columns, rows, scheme, bias=module.bias is not None, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,6 +138,16 @@ class QuantLinear(QuantLayer):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"scheme={self.scheme}, bias={self.bias is not None}"
         )
+
+
+def matrix(module: nn.Linear | Conv1DLike) -> Tensor:
+    """The weight of an nn.Linear or a transformers Conv1D as (out, in).
+
+    >>> matrix(nn.Linear(3, 2)).shape
+    torch.Size([2, 3])
+    """
+    weight = module.weight.detach()
+    return weight.t() if is_conv1d(module) else weight
 
 
 def is_conv1d(module: object) -> bool:

@@ -18,6 +18,11 @@ IMAGE_HEADS = ("classifier", "classifier.*", "head", "head.*", "fc")
 """What image classifiers call their output layer."""
 
 
+def default_exclude(kind: str) -> tuple[str, ...]:
+    """What stays float in a model of this kind unless asked for: its output layer."""
+    return IMAGE_HEADS if kind == "vision" else DEFAULT_EXCLUDE
+
+
 def quantize_model_(
     model: nn.Module, scheme: Scheme | str, exclude: Sequence[str] = DEFAULT_EXCLUDE
 ) -> list[str]:
@@ -43,22 +48,34 @@ def quantize_model_(
     ['0']
     """
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    chosen = choose(model, scheme, exclude)
+    for name, module in chosen.items():
+        replace_(model, name, quantized_twin(module, scheme, name))
+    return list(chosen)
+
+
+def choose(
+    model: nn.Module, scheme: Scheme, exclude: Sequence[str] = DEFAULT_EXCLUDE
+) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that `quantize_model_` replaces, by name, all of them checked.
+
+    Raises:
+        BadInput: as `quantize_model_`.
+    """
     shared = shared_weights(model)
-    chosen = [
-        (name, module)
+    chosen = {
+        name: module
         for name, module in float_layers(model)
         if id(module.weight) not in shared and not excluded(name, exclude)
-    ]
+    }
     if not chosen:
         raise BadInput(
             f"no layer to quantize in {type(model).__name__}: it has no linear layer or "
             f"convolution outside exclude={tuple(exclude)} with a weight of its own"
         )
-    for name, module in chosen:
+    for name, module in chosen.items():
         scheme.check_divides(empty_twin(module, scheme).columns, name)
-    for name, module in chosen:
-        replace_(model, name, quantized_twin(module, scheme, name))
-    return [name for name, _ in chosen]
+    return chosen
 
 
 def float_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from zotune.errors import FormatError
-from zotune.quant.affine import BITS, Scheme
+from zotune.quant.affine import COMMON_BITS, Scheme
 from zotune.quant.formats.layout import (
     FLOATS,
     Layout,
     Values,
     check_tensors,
     column_order,
+    group_index,
     whole_zeros,
 )
 from zotune.quant.formats.shards import Entry
@@ -64,8 +65,8 @@ class GptqFormat(SourceFormat):
                 "convert it with the program that made it"
             )
         bits, group_size = record.get("bits"), record.get("group_size")
-        if bits not in BITS["int"]:
-            raise FormatError(f"{folder} has bits={bits!r}; GPTQ is read with {BITS['int']}")
+        if bits not in COMMON_BITS:
+            raise FormatError(f"{folder} has bits={bits!r}; GPTQ is read with {COMMON_BITS}")
         if type(group_size) is not int or group_size == 0 or group_size < -1:
             raise FormatError(f"{folder} has group_size={group_size!r}; want -1 or a number > 0")
         return {**record, "version": VERSIONS[version]}
@@ -141,6 +142,12 @@ class GptqLayout(Layout):
             )
         return stored
 
+    def whole(self, values: Values) -> dict[str, Tensor]:
+        """The above with zeros, also where all are 0, and g_idx."""
+        zero = torch.zeros_like(values.scale) if values.zero is None else values.zero
+        index = group_index(values.order, self.columns, self.scheme.group_size)
+        return self.encode(values._replace(zero=zero)) | {"g_idx": index}
+
     def rounded(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scales of the stored dtype, whole zeros within the codes' range."""
         bits = self.scheme.bits
@@ -171,8 +178,8 @@ def _bits(record: dict[str, Any], name: str, stored: Mapping[str, Entry], column
     shape = stored["qweight"].shape
     if record.get("dynamic") and len(shape) == 2 and columns and shape[0] * 32 % columns == 0:
         bits = shape[0] * 32 // columns
-    if bits not in BITS["int"]:
-        raise FormatError(f"layer {name!r} has {bits} bits; GPTQ is read with {BITS['int']}")
+    if bits not in COMMON_BITS:
+        raise FormatError(f"layer {name!r} has {bits} bits; GPTQ is read with {COMMON_BITS}")
     if columns * bits % 32:
         raise FormatError(
             f"layer {name!r} has {columns} inputs, whose codes do not fill whole words"
