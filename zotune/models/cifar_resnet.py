@@ -34,7 +34,8 @@ class CifarResNetConfig(PretrainedConfig):
         self, depth: int = 20, width: int = 16, num_channels: int = 3, **options: Any
     ) -> None:
         self.depth, self.width, self.num_channels = depth, width, num_channels
-        super().__init__(**{"num_labels": 10, **options})
+        labels = {} if "id2label" in options else {"num_labels": 10}
+        super().__init__(**{**labels, **options})
 
     @property
     def blocks(self) -> int:
