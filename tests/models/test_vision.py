@@ -150,3 +150,14 @@ def test_hidden_states_are_those_of_the_blocks() -> None:
     ]  # fmt: skip
     means = out.hidden_states[-1].mean((2, 3))
     torch.testing.assert_close(model.classifier(means), out.logits)
+
+
+def test_a_classifier_may_read_every_state() -> None:
+    config = CifarResNetConfig(depth=14, width=4, num_labels=3, head_states="all")
+    with torch.random.fork_rng():
+        model = seeded_(CifarResNetForImageClassification(config))
+    out = model(pixels(), output_hidden_states=True)
+    means = torch.cat([state.mean((2, 3)) for state in out.hidden_states], dim=1)
+    torch.testing.assert_close(model.classifier(means), out.logits)
+    with pytest.raises(BadInput, match="head_states='some'; want 'last' or 'all'"):
+        CifarResNetConfig(head_states="some")
