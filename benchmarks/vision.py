@@ -35,7 +35,7 @@ TARGET = 3.0  # points above the model as it came
 GAINS = "norms(pattern='weight')"
 CONTENDERS = (
     Contender("auto", "head(basis='classes')", (), 1),
-    Contender("mezo(units='relative', schedule='linear')", "head(exact=True)", (1.0, 3.0), 1),
+    Contender("mezo(units='relative', schedule='linear')", "head(exact=True)", (6.0, 18.0), 1),
     Contender("adamw", "norms", (3e-3, 1e-2)),
     Contender("adamw", "weights", (3e-4, 1e-3), None, {"scheme": None}),
     Contender("auto", f"{GAINS} + head(basis='classes')", ()),

@@ -109,7 +109,7 @@ class CifarResNetForImageClassification(PreTrainedModel):  # type: ignore[no-unt
         self.layer2 = _stage(width, 2 * width, blocks)
         self.layer3 = _stage(2 * width, 4 * width, blocks)
         self.every_state = config.head_states == "all"
-        self.classifier = nn.Linear(config.head_inputs, len(config.id2label))
+        self.classifier = nn.Linear(config.head_inputs, config.num_labels or 0)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
