@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from zotune.core import image_forwards, sites
 from zotune.core.block import Block, FloatBlock, Owner
+from zotune.core.evaluator import TorchEvaluator
 from zotune.core.noise import Key
 from zotune.core.perturbation import Gaussian
 from zotune.core.probe import Probe
 from zotune.core.sites import View, probing, sites_of
 from zotune.core.spaces import Biases, Codes, Norms, Scales, Weights, Zeros
 from zotune.quant import QuantConv2d, Scheme
+from zotune.tasks.batch import Batch
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 3e-2}
 assert image_forwards
@@ -190,3 +192,30 @@ def test_norms_of_a_network_hold_its_batch_norms_and_leave_its_statistics() -> N
 
 def test_each_image_layer_has_its_forward() -> None:
     assert {nn.Conv2d, nn.BatchNorm2d, QuantConv2d} <= set(sites._FORWARDS)
+
+
+@pytest.mark.parametrize("size", [4, 5, 6, 8])
+def test_what_lies_below_the_head_runs_once_whatever_the_size_of_batch_and_picture(
+    size: int,
+) -> None:
+    """Also where there are as many examples as channels, rows or columns."""
+    body = filled_(nn.Sequential(nn.Conv2d(4, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    model = nn.Sequential(body, filled_(nn.Linear(8, 3)))
+    space = Weights(pattern="^1.").build(model)
+    space.bind_(0.1, 1.0, "relative")
+    probes = [Probe(Key(0, query=q), step) for q in range(2) for step in (0.1, -0.1)]
+    batch = Batch({"pixels": images(size, 4, False)}, size)
+    rows: list[int] = []
+    handle = body[0].register_forward_hook(lambda module, args, out: rows.append(len(out)))
+
+    def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss = model(batch["pixels"]).square().mean(1)
+        return loss, torch.ones_like(loss)
+
+    shared, alone = (
+        TorchEvaluator(model, space, objective, fast=fast).losses(probes, batch, Gaussian())
+        for fast in (True, False)
+    )
+    handle.remove()
+    assert rows == [size, 4 * size]
+    torch.testing.assert_close(shared.per_example, alone.per_example, rtol=1e-6, atol=1e-6)

@@ -53,6 +53,9 @@ def save_tokenizer(folder: Path, **special: str) -> None:
         ({"architectures": ["RobertaForMaskedLM"], "model_type": "roberta"}, "encoder"),
         ({"model_type": "llama"}, "causal"),
         ({"architectures": ["BertModel"], "zotune_head": {}}, "classifier"),
+        ({"architectures": ["ViTForImageClassification"]}, "vision"),
+        ({"model_type": "resnet"}, "vision"),
+        ({"architecture": "resnet18", "pretrained_cfg": {}}, "vision"),
     ],
 )
 def test_kinds_are_told_by_the_config(config: dict[str, Any], kind: str) -> None:

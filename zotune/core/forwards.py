@@ -57,6 +57,7 @@ def _sliceable(site: Site, x: Tensor) -> bool:
 
 
 def too_large(view: View, site: Site) -> bool:
+    """Whether all parts' values at once would cost more than slices do."""
     return len(view.parts) * max(b.numel for b in site.blocks.values()) > _SMALL
 
 

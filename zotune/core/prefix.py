@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 
 from zotune.core.sites import Site, View
 
+IMAGES = 4  # dimensions of (batch, channels, height, width), where no other axis is taken for rows
+
 
 def site_free(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
     """The largest submodules that hold no site, each once.
@@ -83,7 +85,7 @@ def _copied(inputs: Any, rows: int, copies: int) -> bool:
     values = [v for v in tensors if len(v) == rows]
     if any(len(v) > rows and len(v) % rows == 0 for v in tensors):
         return False
-    if first > 1 and any(first in v.shape[1:] for v in values):
+    if first > 1 and any(first in v.shape[1:] for v in values if v.dim() != IMAGES):
         return False
     parts = [v.reshape(copies, first, *v.shape[1:]) for v in values]
     return bool(parts) and all(bool((p == p[:1]).all()) for p in parts)

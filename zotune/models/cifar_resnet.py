@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -21,8 +22,11 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from zotune.errors import BadInput
 
 
-class CifarResNetConfig(PretrainedConfig):
+class CifarResNetConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Sizes: depth = 6 n + 2 layers in three stages of n blocks.
+
+    `head_states` "last" is the paper's; with "all" the classifier reads the mean of every state,
+    as an encoder's head may (`Head(layers="all")`).
 
     >>> CifarResNetConfig(depth=20).blocks
     3
@@ -31,10 +35,19 @@ class CifarResNetConfig(PretrainedConfig):
     model_type = "cifar-resnet"
 
     def __init__(
-        self, depth: int = 20, width: int = 16, num_channels: int = 3, **options: Any
+        self,
+        depth: int = 20,
+        width: int = 16,
+        num_channels: int = 3,
+        head_states: str = "last",
+        **options: Any,
     ) -> None:
+        if head_states not in ("last", "all"):
+            raise BadInput(f"head_states={head_states!r}; want 'last' or 'all'")
         self.depth, self.width, self.num_channels = depth, width, num_channels
-        super().__init__(**{"num_labels": 10, **options})
+        self.head_states = head_states
+        labels = {} if "id2label" in options else {"num_labels": 10}
+        super().__init__(**{**labels, **options})
 
     @property
     def blocks(self) -> int:
@@ -46,6 +59,12 @@ class CifarResNetConfig(PretrainedConfig):
         if self.depth < 8 or self.depth % 6 != 2:
             raise BadInput(f"depth={self.depth} is not 6 n + 2; use 20, 32, 44, 56 or 110")
         return self.depth // 6
+
+    @property
+    def head_inputs(self) -> int:
+        """Numbers that the classifier reads: the channels of the states it sees."""
+        every = self.width + self.blocks * 7 * self.width
+        return every if self.head_states == "all" else 4 * self.width
 
 
 class Block(nn.Module):
@@ -69,8 +88,8 @@ class Block(nn.Module):
         return F.relu(out + x)
 
 
-class CifarResNetForImageClassification(PreTrainedModel):
-    """Logits of images (batch, channels, 32, 32); `classifier` reads the last stage's means.
+class CifarResNetForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """Logits of images (batch, channels, 32, 32); `classifier` reads means of states.
 
     >>> import torch
     >>> model = CifarResNetForImageClassification(CifarResNetConfig(depth=8, width=4))
@@ -89,8 +108,9 @@ class CifarResNetForImageClassification(PreTrainedModel):
         self.layer1 = _stage(width, width, blocks)
         self.layer2 = _stage(width, 2 * width, blocks)
         self.layer3 = _stage(2 * width, 4 * width, blocks)
-        self.classifier = nn.Linear(4 * width, config.num_labels)
-        self.post_init()
+        self.every_state = config.head_states == "all"
+        self.classifier = nn.Linear(config.head_inputs, config.num_labels or 0)
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, **options: Any
@@ -102,8 +122,10 @@ class CifarResNetForImageClassification(PreTrainedModel):
             for block in stage:
                 x = block(x)
                 states.append(x)
+        read = states if self.every_state else states[-1:]
+        means = torch.cat([state.mean((2, 3)) for state in read], dim=1)
         return ImageClassifierOutputWithNoAttention(
-            logits=self.classifier(x.mean((2, 3))),
+            logits=self.classifier(means),
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 

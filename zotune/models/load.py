@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -181,7 +182,7 @@ def resolve_kind(config: dict[str, Any], kind: str, folder: Path) -> str:
     from transformers.models.auto import modeling_auto as auto
 
     model_type = config.get("model_type")
-    if model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+    if not names[0] and model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return "vision"
     if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "encoder"
@@ -243,8 +244,7 @@ def _auto_class(kind: str) -> Any:
     import transformers
 
     if kind == "vision":
-        import zotune.models.cifar_resnet  # noqa: F401 - known to the Auto classes from now on
-
+        import_module("zotune.models.cifar_resnet")  # known to the Auto classes from now on
         return transformers.AutoModelForImageClassification
     return {
         "causal": transformers.AutoModelForCausalLM,

@@ -49,6 +49,18 @@ class QuantConv2d(QuantLayer):
         columns = in_channels // geometry.groups * geometry.area
         super().__init__(columns, out_channels, scheme, bias=bias, dtype=dtype, device=device)
         self.in_channels, self.out_channels, self.geometry = in_channels, out_channels, geometry
+        # Under nn.Conv2d's names, for models that look at their layers to pad an image.
+        self.kernel_size, self.stride = geometry.kernel, geometry.stride
+        self.dilation, self.groups = geometry.dilation, geometry.groups
+
+    @property
+    def weight(self) -> Tensor:
+        """What `dequantize` gives, for models that ask for its dtype; the bias's, if there is one.
+
+        Not a parameter: writing it changes nothing.
+        """
+        weight = self.dequantize()
+        return weight if self.bias is None else weight.to(self.bias.dtype)
 
     @classmethod
     def from_conv(cls, module: nn.Conv2d, scheme: Scheme, name: str = "") -> QuantConv2d:

@@ -104,7 +104,7 @@ def assemble(
     known = {id(t) for t in all_tensors(loaded.model).values()}
     prepared = task.prepare(loaded)
     spec = (
-        open_space(config, prepared)
+        open_space(config, prepared, task)
         if journal is None
         else read_record(journal.header["space"], SpaceSpec)
     )

@@ -30,7 +30,7 @@ from zotune.core.method import Method
 from zotune.core.noise import Key
 from zotune.core.probe import Losses, Probe
 from zotune.core.space import Space
-from zotune.models import PooledClassifier
+from zotune.core.spaces.parameters import heads
 from zotune.training.batches import Batches
 
 log = logging.getLogger("zotune")
@@ -112,9 +112,8 @@ def _estimator(
     """A direction per example where blocks are small, many where they cost next to nothing."""
     small = max(b.numel for b in space) <= PER_EXAMPLE and evaluator.per_example
     directions = "example" if small else "batch"
-    head = isinstance(evaluator.model, PooledClassifier) and all(
-        b.name.startswith("head") for b in space
-    )
+    inside = heads(evaluator.model)
+    head = small and all(id(o.module) in inside for b in space for o in b.owners)
     queries = HEAD_QUERIES if head and "queries" not in given else method.estimator.queries
     if "directions" in given:
         return type(method.estimator)(method.estimator.eps, queries)

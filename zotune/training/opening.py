@@ -13,12 +13,14 @@ from zotune.core import spaces
 from zotune.core.calls import split_calls
 from zotune.core.space import SpaceSpec
 from zotune.core.spaces import Head
+from zotune.core.spaces.parameters import heads
 from zotune.errors import BadInput, DataError
 from zotune.methods import AnyMethod
 from zotune.models import Loaded, PooledClassifier
 from zotune.quant import quantize_model_
 from zotune.tasks.data import read_table
 from zotune.tasks.task import Example, Task
+from zotune.tasks.vision import ImageClassification
 from zotune.training.config import TrainConfig
 from zotune.training.folders import from_module, load_model
 
@@ -55,17 +57,23 @@ def given_options(config: TrainConfig) -> set[str]:
     return {k for k, v in given.items() if v is not None} | set(split_calls(config.method)[0][1])
 
 
-def open_space(config: TrainConfig, model: nn.Module | None = None) -> SpaceSpec:
-    """The space asked for, or the method's default; `auto` goes by the model.
+def open_space(
+    config: TrainConfig, model: nn.Module | None = None, task: Task | None = None
+) -> SpaceSpec:
+    """The space asked for, or the method's default; `auto` goes by model and task.
 
     A classifier's head that a task put on an encoder is tuned on the directions between classes,
-    read from every layer; anything else by adapters on its activations.
+    read from every layer; that of an image classifier likewise, from the last layer; anything else
+    by adapters on its activations.
     """
     if config.space is not None:
         return spaces.parse(config.space)
     name, _ = split_calls(config.method)[0]
     if name == "auto" and isinstance(model, PooledClassifier):
         return Head(basis="classes", project=True, layers="all")
+    pictures = isinstance(task, ImageClassification)
+    if name == "auto" and pictures and model is not None and heads(model):
+        return Head(basis="classes")
     return spaces.parse(methods.entry(name).default_space)
 
 

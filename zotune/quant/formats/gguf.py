@@ -264,7 +264,7 @@ def _changes(
     floats, layers = dict(float_tensors(model)), dict(quantized(model))
     for name, tensor in places.items():
         layer = layers.get(name.removesuffix(".weight"))
-        if layer is not None:
+        if isinstance(layer, QuantLinear):
             layout, values, raw = layer.storage, values_of(layer), tensor.read()
             assert isinstance(layout, BlockLayout)
             kept, now = layout.encode(layout.decode({"weight": raw})), layout.encode(values)

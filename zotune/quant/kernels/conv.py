@@ -128,7 +128,7 @@ def integer_sums(x: Tensor, codes: Tensor, geometry: Geometry) -> tuple[Tensor, 
     images = F.pad(flat.view(last.shape), border) if any(border) else flat.view(last.shape)
     patches = geometry.patches(images)
     weight = codes.view(len(codes), -1, *geometry.kernel).permute(0, 2, 3, 1)
-    rows = patches.view(-1, patches.shape[-1])
+    rows = patches.reshape(-1, patches.shape[-1])
     sums = integer_matmul(rows, weight.reshape(len(codes), -1))
     return sums.view(*patches.shape[:3], -1), rows, x_scale.view(-1, 1, 1, 1)
 
