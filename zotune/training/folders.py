@@ -62,7 +62,7 @@ def write_model(model: nn.Module, folder: Path, source: Loaded) -> Path:
 
 def _write_checkpoint(model: nn.Module, folder: Path, source: Loaded) -> None:
     inner = model.saved_model if isinstance(model, formats.Wrapper) else model
-    if hasattr(inner, "save_pretrained"):
+    if formats.source_of(inner) is not None or hasattr(inner, "save_pretrained"):
         formats.write(
             model, folder, source.path if source.path.is_dir() else None, tokenizer=source.tokenizer
         )

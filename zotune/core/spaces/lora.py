@@ -11,10 +11,9 @@ from zotune.core import noise
 from zotune.core.block import FloatBlock, Owner
 from zotune.core.noise import Key
 from zotune.core.space import Observe, Space, SpaceSpec, matching
-from zotune.core.spaces.parameters import body_adapters, heads, rms
+from zotune.core.spaces.parameters import body_adapters, body_linears, rms
 from zotune.errors import BadInput
 from zotune.models.adapter import CHILD, LowRank, attach, device_of
-from zotune.models.linears import linears
 
 ATTENTION = r"(^|\.)(q|v|c_attn|query|value)(_proj|_lin)?$"
 """MeZO's and PEFT's usual targets: query and value (GPT-2's c_attn holds them)."""
@@ -39,8 +38,7 @@ class Lora(SpaceSpec):
         if self.rank < 1:
             raise BadInput(f"rank={self.rank}; want rank >= 1")
         if not body_adapters(model):
-            inside = heads(model)  # the output layer is a space of its own
-            layers = {p: m for p, m in linears(model) if id(m) not in inside}
+            layers = body_linears(model)
             wanted = matching(layers, self.targets)
             for path, layer in layers.items():
                 if wanted(path):
