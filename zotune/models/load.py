@@ -127,7 +127,9 @@ def find_folder(path: str | Path, trust_remote_code: bool = False) -> Path:
     if folder.is_file() and folder.suffix in (".gguf", ".onnx"):
         return folder
     if folder.exists():
-        raise FormatError(f"{folder} is a file; give a .gguf or .onnx file or a checkpoint's folder")
+        raise FormatError(
+            f"{folder} is a file; give a .gguf or .onnx file or a checkpoint's folder"
+        )
     if not _HUB_ID.fullmatch(str(path)):
         raise FormatError(f"{folder} does not exist; give a checkpoint folder or a hub id")
     from huggingface_hub import snapshot_download

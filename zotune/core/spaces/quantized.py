@@ -72,7 +72,9 @@ class Zeros(SpaceSpec):
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
         return Space(
-            FloatBlock.of(f"{o.path}.{o.attribute}", o.tensor, [o], unit=_zero_unit(o), **self.options)
+            FloatBlock.of(
+                f"{o.path}.{o.attribute}", o.tensor, [o], unit=_zero_unit(o), **self.options
+            )
             for o in quantized(model, "zero", self.pattern)
         )
 

@@ -72,7 +72,7 @@ class OnnxModel(nn.Module):
 
 
 class OnnxFormat:
-    """Graphs run by ONNX Runtime itself: QDQ int8, dynamic int8, MatMulNBits (2 to 8 bits), float."""
+    """Graphs run by ONNX Runtime: QDQ and dynamic int8, MatMulNBits of 2 to 8 bits, float."""
 
     name = "onnx"
     tunable = ("scales", "zeros", "norms", "biases", "weights")

@@ -63,9 +63,11 @@ def load_model(path: Path) -> Any:
         raise FormatError(f"{path} is not a whole ONNX file ({error}); fetch it again") from error
     if not model.graph.node or not model.graph.output:
         raise FormatError(f"{path} holds no ONNX graph; fetch it again")
-    for tensor in _tensors(model, onnx.TensorProto):
-        if tensor.data_location == EXTERNAL:
-            _external(path, tensor)
+    for message in _messages(model):
+        if any(isinstance(text, bytes) for text in _texts(message)):
+            raise FormatError(f"{path} is damaged: a name is no UTF-8; fetch it again")
+        if isinstance(message, onnx.TensorProto) and message.data_location == EXTERNAL:
+            _external(path, message)
     return model
 
 
@@ -101,7 +103,7 @@ def entries(path: Path, model: Any) -> dict[str, Entry]:
 def files(path: Path, model: Any) -> list[Path]:
     """The file and those of its external data."""
     onnx, _ = onnx_packages()
-    tensors = _tensors(model, onnx.TensorProto)
+    tensors = (m for m in _messages(model) if isinstance(m, onnx.TensorProto))
     beside = {_external(path, t)[0] for t in tensors if t.data_location == EXTERNAL}
     return [path, *sorted(beside)]
 
@@ -121,16 +123,20 @@ def digest(paths: Iterable[Path], without: Iterable[Entry]) -> torch.Tensor:
     return torch.frombuffer(bytearray(total.digest()), dtype=torch.uint8)
 
 
-def _tensors(message: Any, kind: type) -> Iterator[Any]:
-    """Every tensor inside, those of attributes, subgraphs and functions too."""
+def _messages(message: Any) -> Iterator[Any]:
+    """A message and all inside it: tensors of attributes, subgraphs and functions too."""
+    yield message
     for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        for item in value if isinstance(value, Iterable) else (value,):
-            if isinstance(item, kind):
-                yield item
-            else:
-                yield from _tensors(item, kind)
+        if field.message_type is not None:
+            for inner in value if isinstance(value, Iterable) else (value,):
+                yield from _messages(inner)
+
+
+def _texts(message: Any) -> Iterator[Any]:
+    """A message's own strings; protobuf gives bytes where they are no UTF-8."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            yield from (value,) if isinstance(value, str | bytes) else value
 
 
 def _external(path: Path, tensor: Any) -> tuple[Path, int, int]:

@@ -74,6 +74,7 @@ class OnnxGraph(Graph):
         self._session: Any = None
         self._key: Any = None
         self._compared: set[frozenset[str]] = set()
+        self._built({})  # what ONNX Runtime refuses is refused here
 
     def _add(self, name: str, role: str, value: Tensor) -> None:
         own = name.replace(".", "/")
@@ -178,14 +179,18 @@ class OnnxGraph(Graph):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         model: str | bytes = str(self.path)
         if inputs or constants:
-            model = self._edited({self.names[n] for n in inputs}, {self.names[n] for n in constants})
+            model = self._edited(
+                {self.names[n] for n in inputs}, {self.names[n] for n in constants}
+            )
             folder = "session.model_external_initializers_file_folder_path"
             options.add_session_config_entry(folder, str(self.path.parent))
             arrays = self._arrays(constants)
             values = [runtime.OrtValue.ortvalue_from_numpy(a) for a in arrays.values()]
             options.add_external_initializers(list(arrays), values)
         try:
-            return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            return runtime.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:  # pybind11's, without a common base
             raise FormatError(f"ONNX Runtime cannot load {self.path}: {error}") from error
 
