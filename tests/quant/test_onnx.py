@@ -364,8 +364,8 @@ ASKED: dict[str, tuple[list[Any], dict[str, np.ndarray], dict[str, str]]] = {
         {"q": CODES, "s": vector(0.01)}, {"s": "scale"},
     ),
     "activations": (
-        [node("QuantizeLinear", "x s z", "q"), node("DequantizeLinear", "q s z")],
-        {"s": np.array(0.05, np.float32), "z": np.array(128, np.uint8)}, {},
+        [node("QuantizeLinear", "x s p", "q"), node("DequantizeLinear", "q s p")],
+        {"s": np.array(0.05, np.float32), "p": np.array(128, np.uint8)}, {},
     ),
     "beside a bias of int32": (
         [node("DequantizeLinear", "q s", "w", axis=1), node("DequantizeLinear", "p t", "b", axis=0),
@@ -382,12 +382,14 @@ def test_a_tensor_is_known_by_what_reads_it(case: str, tmp_path: Path) -> None:
     folder = made(tmp_path / "m", nodes, {**tensors, **(CONSTANTS if nodes[:4] == ROOT else {})})
     graph = OnnxGraph(folder / "model.onnx", "logits")
     assert graph.roles == {"table": "weight", "gain": "norm", "head": "weight", **wanted}
-    names = {"scale": "scales", "norm": "norms", "bias": "biases", "weight": "weights"}
-    for role, space in names.items():
-        own = {f".{n}" for n, r in graph.roles.items() if r == role or space == "weights"}
-        own -= {f".{n}" for n, r in graph.roles.items() if space == "weights" and r == "scale"}
-        found = {b.name for b in get(space).build(graph)} if own else set()
-        assert {f".{n.removeprefix('.')}" for n in found} == own
+    roles = {"scales": ["scale"], "norms": ["norm"], "biases": ["bias"],
+             "weights": ["weight", "norm", "bias"]}  # fmt: skip
+    for space, kinds in roles.items():
+        names = {f".{n}" for n, role in graph.roles.items() if role in kinds}
+        blocks = get(space).build(graph).blocks if names else ()
+        found = {f".{b.name.removeprefix('.')}": b for b in blocks}
+        assert set(found) == names
+        assert {n for n, b in found.items() if b.decay} <= {".table", ".head", ".w"}
 
 
 def test_inputs_of_a_cache_are_empty_and_others_are_named(tmp_path: Path) -> None:
@@ -396,9 +398,10 @@ def test_inputs_of_a_cache_are_empty_and_others_are_named(tmp_path: Path) -> Non
     model = read(made(tmp_path / "a", join, {}, (past,)))
     without = read(made(tmp_path / "b", [], {}))
     assert torch.equal(output(model, TEXT), output(without, TEXT))
-    pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["b", "t", 8])
-    with pytest.raises(FormatError, match=r"inputs that are not known here: \[pixels\]"):
-        read(made(tmp_path / "c", [node("Add", "x pixels")], {}, (pixels,)))
+    for name, sizes in (("pixels", ["b", "t", 8]), ("past_of_two", ["b", 2, 8])):
+        info = helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
+        with pytest.raises(FormatError, match=rf"inputs that are not known here: \[{name}\]"):
+            read(made(tmp_path / name, [node("Concat", f"x {name}", axis=1)], {}, (info,)))
 
 
 def test_a_kernel_that_wants_constants_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,14 @@ from zotune.errors import BadInput, FormatError
 from zotune.quant.formats.build import model_config
 from zotune.quant.formats.folder import copy_companions, copy_source, home_of, is_onnx
 from zotune.quant.formats.onnx_file import entries, files, load_model
-from zotune.quant.formats.onnx_graph import INPUTS, PAST, OnnxGraph
+from zotune.quant.formats.onnx_graph import INPUTS, OnnxGraph
 from zotune.quant.formats.origin import Source, set_source_, source_of
 from zotune.quant.formats.shards import raw_bytes
 from zotune.quant.formats.tensors import listing
 
 SUFFIX: Final = ".onnx"
 TEXT: Final = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+PAST: Final = "past"  # how inputs with keys and values of earlier tokens begin
 LOGITS, STATES = "logits", "last_hidden_state"
 
 
@@ -154,12 +155,13 @@ def _output(path: Path, model: Any, auto: Any) -> str:
 
 def _check_inputs(graph: OnnxGraph) -> None:
     """Refuse inputs that nobody would fill."""
-    wrong = [
-        name
-        for name, record in graph.inputs.items()
-        if not (name in TEXT or name.startswith(PAST))
-        or record.type.tensor_type.elem_type not in INPUTS
-    ]
+    wrong = []
+    for name, record in graph.inputs.items():
+        kind = record.type.tensor_type
+        sizes = [axis.dim_value for axis in kind.shape.dim]  # 0 where any size will do
+        empty = name.startswith(PAST) and 0 in sizes[1:] and min(sizes) >= 0
+        if not (name in TEXT or empty) or kind.elem_type not in INPUTS:
+            wrong.append(name)
     if wrong:
         raise FormatError(
             f"{graph.path} wants inputs that are not known here: [{listing(wrong)}]; filled are "

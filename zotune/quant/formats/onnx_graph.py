@@ -36,7 +36,6 @@ log = logging.getLogger("zotune")
 FAR: Final = 0.3
 # numpy's types by ONNX's numbers, of inputs.
 INPUTS: Final = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16}
-PAST: Final = "past"  # how inputs with keys and values of earlier tokens begin
 
 
 class OnnxGraph(Graph):
@@ -94,8 +93,8 @@ class OnnxGraph(Graph):
         Raises:
             BadInput: if a gradient is wanted, or ONNX Runtime refuses the inputs.
         """
-        held = {n: t for n, t in self._parameters.items() if not isinstance(t, nn.Parameter)}
-        probed = {n: t for n, t in held.items() if t is not None}
+        now = {name: getattr(self, name) for name in self.names}
+        probed = {n: t for n, t in now.items() if not isinstance(t, nn.Parameter)}
         if torch.is_grad_enabled() and any(t.requires_grad for t in probed.values()):
             raise BadInput(
                 "ONNX Runtime gives no gradients; use a method of forward passes (auto, mezo, qzo)"
@@ -108,7 +107,7 @@ class OnnxGraph(Graph):
     def _feeds(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """numpy arrays by input; nothing came before the first token."""
         rows = len(next(iter(inputs.values())))
-        feeds = {}
+        feeds: dict[str, Any] = {}
         for name, record in self.inputs.items():
             kind = record.type.tensor_type
             if name in inputs:
@@ -131,7 +130,7 @@ class OnnxGraph(Graph):
 
     def _state(self, names: Collection[str]) -> dict[str, tuple[int, int]]:
         """Which tensors stand where, and how often each was written."""
-        return {n: (id(t), t._version) for n in names if (t := self._parameters[n]) is not None}
+        return {n: (id(t := getattr(self, n)), t._version) for n in names}
 
     def _built(self, probed: Mapping[str, Tensor]) -> Any:
         """The session for these inputs, built anew only where a constant of it has changed."""
@@ -149,6 +148,7 @@ class OnnxGraph(Graph):
 
     def _compare(self, probed: Mapping[str, Tensor], feeds: Mapping[str, Any]) -> None:
         """Hold the graph that probes run against the one that will be deployed, at one point."""
+        self._session = self._key = None  # its memory goes first
         deployed = self._build((), {**self._changed(probed), **probed})
         wanted = self._run(deployed, feeds).double()
         del deployed

@@ -89,13 +89,13 @@ def roles(model: Any, output: str) -> dict[str, str]:
     """
     graph = _Links(model)
     reached = graph.reached(output)
-    found = {}
+    found: dict[str, str] = {}
     for tensor in model.graph.initializer:
         uses = graph.uses(tensor.name, reached)
-        named = {graph.role(tensor, node, place) for node, place in uses}
+        named = [role for use in uses if (role := graph.role(tensor, *use)) is not None]
         # One tensor may serve twice: an embedding as output layer, ones as gains of two norms.
-        if named and None not in named:
-            found[tensor.name] = min(named, key=str)
+        if named and len(named) == len(uses):
+            found[tensor.name] = min(named)
     return found
 
 
