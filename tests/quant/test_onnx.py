@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,7 @@ def made(
     nodes: list[Any],
     tensors: dict[str, np.ndarray],
     inputs: tuple[Any, ...] = (),
-    **options: Any,
+    ends: Sequence[Any] = (),
 ) -> Path:
     """A folder whose graph looks words up, runs `nodes` from "x" to "y", and multiplies."""
     draw = np.random.default_rng(0)
@@ -307,19 +308,20 @@ def made(
             helper.make_node("Gather", ["table", "input_ids"], ["x"]),
             *(nodes or [helper.make_node("Identity", ["x"], ["y"])]),
             helper.make_node("LayerNormalization", ["y", "gain"], ["z"]),
-            helper.make_node("MatMul", ["z", "head"], ["logits"]),
+            helper.make_node("MatMul", ["z", "head"], ["logits_of_words" if ends else "logits"]),
+            *ends,
         ],
         "made", [ids, *inputs],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "t", 96])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(v, n) for n, v in {**own, **tensors}.items()],
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=options.pop("opsets", opsets), ir_version=9)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     folder.mkdir()
     for path in (GOLDEN / "onnx-int4-asym").iterdir():
         if path.suffix == ".json":
             shutil.copyfile(path, folder / path.name)
-    onnx.save(model, folder / "model.onnx", **options)
+    onnx.save(model, folder / "model.onnx")
     return folder
 
 
@@ -390,6 +392,16 @@ def test_a_tensor_is_known_by_what_reads_it(case: str, tmp_path: Path) -> None:
         found = {f".{b.name.removeprefix('.')}": b for b in blocks}
         assert set(found) == names
         assert {n for n, b in found.items() if b.decay} <= {".table", ".head", ".w"}
+
+
+def test_a_classifier_with_a_head_of_its_own_is_tuned(tmp_path: Path) -> None:
+    ends = [node("Gather", "logits_of_words two", "some", axis=2),
+            node("ReduceMean", "some one", "logits", keepdims=0)]  # fmt: skip
+    folder = made(tmp_path / "m", [], {"two": np.array([0, 1]), "one": np.array([1])}, ends=ends)
+    kind = {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
+    (folder / "config.json").write_text(json.dumps({**kind, "id2label": {"0": "a", "1": "b"}}))
+    result = train(config(folder, tmp_path, space="weights", method="auto"))
+    assert result.numbers["after"]["loss"] < result.numbers["before"]["loss"]
 
 
 def test_inputs_of_a_cache_are_empty_and_others_are_named(tmp_path: Path) -> None:
@@ -494,6 +506,18 @@ def test_tricks_with_external_data_are_refused(
     said[key].value = value
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(FormatError, match=message):
+        read(folder)
+
+
+def test_two_tensors_in_one_place_are_refused(tmp_path: Path) -> None:
+    folder, model = damaged(GOLDEN / "onnx-int4-level4", tmp_path)
+    first, other = [t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL][
+        :2
+    ]
+    place = {e.key: e.value for e in first.external_data}["offset"]
+    next(e for e in other.external_data if e.key == "offset").value = place
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(FormatError, match=r"share bytes of model\.onnx_data"):
         read(folder)
 
 

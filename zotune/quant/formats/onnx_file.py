@@ -12,6 +12,7 @@ import hashlib
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,11 +64,12 @@ def load_model(path: Path) -> Any:
         raise FormatError(f"{path} is not a whole ONNX file ({error}); fetch it again") from error
     if not model.graph.node or not model.graph.output:
         raise FormatError(f"{path} holds no ONNX graph; fetch it again")
-    for message in _messages(model):
-        if any(isinstance(text, bytes) for text in _texts(message)):
-            raise FormatError(f"{path} is damaged: a name is no UTF-8; fetch it again")
-        if isinstance(message, onnx.TensorProto) and message.data_location == EXTERNAL:
-            _external(path, message)
+    if any(isinstance(text, bytes) for message in _messages(model) for text in _texts(message)):
+        raise FormatError(f"{path} is damaged: a name is no UTF-8; fetch it again")
+    places = sorted(_external(path, tensor) for tensor in _outside(model))
+    for (one, _, stop), (other, start, end) in pairwise(places):
+        if one == other and start < min(stop, end):
+            raise FormatError(f"two tensors of {path} share bytes of {one.name}; fetch both again")
     return model
 
 
@@ -102,10 +104,7 @@ def entries(path: Path, model: Any) -> dict[str, Entry]:
 
 def files(path: Path, model: Any) -> list[Path]:
     """The file and those of its external data."""
-    onnx, _ = onnx_packages()
-    tensors = (m for m in _messages(model) if isinstance(m, onnx.TensorProto))
-    beside = {_external(path, t)[0] for t in tensors if t.data_location == EXTERNAL}
-    return [path, *sorted(beside)]
+    return [path, *sorted({_external(path, tensor)[0] for tensor in _outside(model)})]
 
 
 def digest(paths: Iterable[Path], without: Iterable[Entry]) -> torch.Tensor:
@@ -117,9 +116,9 @@ def digest(paths: Iterable[Path], without: Iterable[Entry]) -> torch.Tensor:
     for path in paths:
         with path.open("rb") as file:
             for start, stop in [*sorted(gaps.get(path, [])), (path.stat().st_size, 0)]:
-                while (here := file.tell()) < start:
-                    total.update(file.read(min(CHUNK, start - here)))
-                file.seek(max(stop, start))
+                while data := file.read(max(0, min(CHUNK, start - file.tell()))):
+                    total.update(data)
+                file.seek(stop)
     return torch.frombuffer(bytearray(total.digest()), dtype=torch.uint8)
 
 
@@ -130,6 +129,14 @@ def _messages(message: Any) -> Iterator[Any]:
         if field.message_type is not None:
             for inner in value if isinstance(value, Iterable) else (value,):
                 yield from _messages(inner)
+
+
+def _outside(model: Any) -> Iterator[Any]:
+    """The tensors whose bytes lie in other files."""
+    onnx, _ = onnx_packages()
+    for message in _messages(model):
+        if isinstance(message, onnx.TensorProto) and message.data_location == EXTERNAL:
+            yield message
 
 
 def _texts(message: Any) -> Iterator[Any]:
