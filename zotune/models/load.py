@@ -35,7 +35,7 @@ class Loaded:
         model: in eval mode.
         tokenizer: None if the folder has none.
         kind: "causal", "encoder", "classifier" (of texts) or "vision" (a classifier of images).
-        path: the local folder, or the file that is all of it; pass it as `source` when writing.
+        path: the local folder, or the model's file; pass it as `source` when writing.
         config: the transformers configuration.
         format: name of the checkpoint's format.
     """
@@ -62,7 +62,7 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        path: a local folder, a .gguf file, or a hub id such as "org/name".
+        path: a local folder, a .gguf or .onnx file, or a hub id such as "org/name".
         kind: one of `KINDS`, or "auto" to tell from the config. A folder written
             from a `PooledClassifier` loads as one, of kind "classifier"; with kind="encoder" the
             encoder alone.
@@ -83,7 +83,8 @@ def load(
     found = formats.detect(folder)
     own = formats.formats()[found]
     whole = own if isinstance(own, formats.SelfContained) else None
-    config = whole.config(folder) if whole else read_json(folder / "config.json")
+    home = formats.home_of(folder)
+    config = whole.config(folder) if whole else read_json(home / "config.json")
     resolved = resolve_kind(config, kind, folder)
     pooled = HEAD_KEY in config and resolved == "classifier"
     if scheme is not None and found != "float":
@@ -102,17 +103,17 @@ def load(
     set_compute_dtype_(model, compute_dtype)
     inner_config = model.config
     if pooled:
-        model = PooledClassifier(model, *read_head(folder))
+        model = PooledClassifier(model, *read_head(home))
     tokenizer = None
     if whole:
         tokenizer = with_padding(whole.tokenizer(folder), folder)
     elif resolved != "vision":
-        tokenizer = load_tokenizer(folder, trust_remote_code)
+        tokenizer = load_tokenizer(home, trust_remote_code)
     return Loaded(model.to(device).eval(), tokenizer, resolved, folder, inner_config, found)
 
 
 def find_folder(path: str | Path, trust_remote_code: bool = False) -> Path:
-    """The local folder of a checkpoint, or the .gguf file that is one.
+    """The local folder of a checkpoint, or the .gguf or .onnx file that is one.
 
     A hub id is downloaded, weights as safetensors only.
 
@@ -126,10 +127,12 @@ def find_folder(path: str | Path, trust_remote_code: bool = False) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_file() and folder.suffix == ".gguf":
+    if folder.is_file() and folder.suffix in (".gguf", ".onnx"):
         return folder
     if folder.exists():
-        raise FormatError(f"{folder} is a file; give a .gguf file or the folder of a checkpoint")
+        raise FormatError(
+            f"{folder} is a file; give a .gguf or .onnx file or a checkpoint's folder"
+        )
     if not _HUB_ID.fullmatch(str(path)):
         raise FormatError(f"{folder} does not exist; give a checkpoint folder or a hub id")
     from huggingface_hub import snapshot_download

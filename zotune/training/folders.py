@@ -68,7 +68,7 @@ def _write_checkpoint(model: nn.Module, folder: Path, source: Loaded, to: Export
         export_(model, folder, to, source=files, tokenizer=source.tokenizer)
         return
     inner = model.saved_model if isinstance(model, formats.Wrapper) else model
-    if hasattr(inner, "save_pretrained"):
+    if formats.source_of(inner) is not None or hasattr(inner, "save_pretrained"):
         formats.write(model, folder, files, tokenizer=source.tokenizer)
         return
     from safetensors.torch import save_model

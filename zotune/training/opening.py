@@ -12,12 +12,13 @@ from zotune import methods, tasks
 from zotune.core import spaces
 from zotune.core.calls import split_calls
 from zotune.core.space import SpaceSpec
-from zotune.core.spaces import Head
+from zotune.core.spaces import Head, Norms, Scales
 from zotune.core.spaces.parameters import heads
 from zotune.errors import BadInput, DataError
 from zotune.methods import AnyMethod
 from zotune.models import Loaded, PooledClassifier
 from zotune.quant import quantize_model_
+from zotune.quant.graph import Graph
 from zotune.tasks.data import read_table
 from zotune.tasks.task import Example, Task
 from zotune.tasks.vision import ImageClassification
@@ -64,16 +65,20 @@ def open_space(
 
     A classifier's head that a task put on an encoder is tuned on the directions between classes,
     read from every layer; that of an image classifier likewise, from the last layer; anything else
-    by adapters on its activations.
+    by adapters on its activations. Another engine's graph shows neither its layers nor their
+    activations: its last layer is read, or its scales are tuned.
     """
     if config.space is not None:
         return spaces.parse(config.space)
     name, _ = split_calls(config.method)[0]
+    graphs = [] if model is None else [m for m in model.modules() if isinstance(m, Graph)]
     if name == "auto" and isinstance(model, PooledClassifier):
-        return Head(basis="classes", project=True, layers="all")
+        return Head(basis="classes", project=True, layers="last" if graphs else "all")
     pictures = isinstance(task, ImageClassification)
     if name == "auto" and pictures and model is not None and heads(model):
         return Head(basis="classes")
+    if name == "auto" and graphs:
+        return Scales() if "scale" in graphs[0].roles.values() else Norms()
     return spaces.parse(methods.entry(name).default_space)
 
 

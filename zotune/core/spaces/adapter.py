@@ -21,8 +21,8 @@ from zotune.core import noise
 from zotune.core.block import FloatBlock, Owner
 from zotune.core.noise import Key
 from zotune.core.space import Observe, Space, SpaceSpec
-from zotune.core.spaces.lora import body_linears, sizes
-from zotune.core.spaces.parameters import body_adapters
+from zotune.core.spaces.lora import sizes
+from zotune.core.spaces.parameters import body_adapters, body_linears
 from zotune.errors import BadInput
 from zotune.models.adapter import CHILD, LowRank, attach, device_of
 

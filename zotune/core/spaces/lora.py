@@ -10,11 +10,10 @@ from torch import nn
 from zotune.core import noise
 from zotune.core.block import FloatBlock, Owner
 from zotune.core.noise import Key
-from zotune.core.space import Observe, Space, SpaceSpec, matching
-from zotune.core.spaces.parameters import body_adapters, heads, rms
+from zotune.core.space import Observe, Space, SpaceSpec
+from zotune.core.spaces.parameters import body_adapters, body_linears, rms
 from zotune.errors import BadInput
 from zotune.models.adapter import CHILD, LowRank, attach, device_of
-from zotune.models.linears import linears
 
 ATTENTION = r"(^|\.)(q|v|c_attn|query|value)(_proj|_lin)?$"
 """MeZO's and PEFT's usual targets: query and value (GPT-2's c_attn holds them)."""
@@ -61,20 +60,6 @@ class Lora(SpaceSpec):
             torch.zeros(outputs, self.rank),
             self.alpha / self.rank,
         ).to(device_of(layer))
-
-
-def body_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Module]:
-    """The linear layers that adapters go on, by path: those that match, but for the output layer,
-    which is a space of its own. Raises BadInput where the model has none."""
-    inside = heads(model)
-    layers = {p: m for p, m in linears(model) if id(m) not in inside}
-    if not layers:
-        raise BadInput(
-            "adapters go on linear layers, and this model has none but its output layer; tune "
-            "'norms', 'scales', 'weights' or 'head'"
-        )
-    wanted = matching(layers, targets)
-    return {p: m for p, m in layers.items() if wanted(p)}
 
 
 def sizes(layer: nn.Module) -> tuple[int, int]:

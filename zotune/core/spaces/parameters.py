@@ -11,6 +11,8 @@ from zotune.core.block import FloatBlock, Owner
 from zotune.core.space import Observe, Space, SpaceSpec, matching, owners_of
 from zotune.errors import BadInput
 from zotune.models.adapter import CHILD, LowRank, adapters
+from zotune.models.linears import linears
+from zotune.quant.graph import Graph
 from zotune.quant.linear import is_conv1d
 
 _DECAYED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
@@ -65,12 +67,30 @@ def _decays(owners: tuple[Owner, ...]) -> bool:
     """Weight decay is for matrices of layers, told by module type, never by name."""
     conv1d = any(is_conv1d(o.module) for o in owners)
     typed = any(isinstance(o.module, _DECAYED) for o in owners)
+    graphs = [o.module.roles[o.attribute] for o in owners if isinstance(o.module, Graph)]
+    if graphs:
+        return graphs == ["weight"]
     return (typed or conv1d) and all(o.attribute == "weight" for o in owners)
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises, told by its class (LayerNorm, LlamaRMSNorm, BatchNorm1d...)."""
-    return "norm" in type(module).__name__.lower()
+def is_norm(owner: Owner) -> bool:
+    """Whether a parameter's module normalises, told by its class (LayerNorm, LlamaRMSNorm...)."""
+    if isinstance(owner.module, Graph):
+        return owner.module.roles[owner.attribute] == "norm"
+    return "norm" in type(owner.module).__name__.lower()
+
+
+def is_bias(owner: Owner) -> bool:
+    """Whether a parameter is a bias, but not a norm's."""
+    if isinstance(owner.module, Graph):
+        return owner.module.roles[owner.attribute] == "bias"
+    return owner.attribute == "bias" and not is_norm(owner)
+
+
+def is_quantized(owner: Owner) -> bool:
+    """Whether a parameter belongs to stored codes; in torch's modules those are buffers."""
+    graph = owner.module
+    return isinstance(graph, Graph) and graph.roles[owner.attribute] in ("scale", "zero")
 
 
 def heads(model: nn.Module) -> set[int]:
@@ -93,7 +113,10 @@ class Weights(SpaceSpec):
     pattern: str | None = None
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
-        return blocks_of(model, self, lambda o: True, self.pattern, "float parameters", False)
+        def keep(owner: Owner) -> bool:
+            return not is_quantized(owner)
+
+        return blocks_of(model, self, keep, self.pattern, "float parameters", False)
 
 
 @dataclass(frozen=True)
@@ -103,7 +126,7 @@ class Norms(SpaceSpec):
     pattern: str | None = None
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
-        return blocks_of(model, self, lambda o: is_norm(o.module), self.pattern, "norms")
+        return blocks_of(model, self, is_norm, self.pattern, "norms")
 
 
 @dataclass(frozen=True)
@@ -113,13 +136,28 @@ class Biases(SpaceSpec):
     pattern: str | None = None
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
-        def keep(owner: Owner) -> bool:
-            return owner.attribute == "bias" and not is_norm(owner.module)
-
-        return blocks_of(model, self, keep, self.pattern, "biases")
+        return blocks_of(model, self, is_bias, self.pattern, "biases")
 
 
 def body_adapters(model: nn.Module) -> list[tuple[str, nn.Module, LowRank]]:
     """The model's adapters but those on its output layer, which the head's space tunes."""
     inside = heads(model)
     return [found for found in adapters(model) if id(found[1]) not in inside]
+
+
+def body_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Module]:
+    """The linear layers that adapters go on, by path: those that match, but for the output layer,
+    which is a space of its own.
+
+    Raises:
+        BadInput: where the model has none.
+    """
+    inside = heads(model)
+    layers = {path: layer for path, layer in linears(model) if id(layer) not in inside}
+    if not layers:
+        raise BadInput(
+            "adapters go on linear layers, and this model shows none but its output layer; tune "
+            "its scales, norms, biases, weights or head"
+        )
+    wanted = matching(layers, targets)
+    return {path: layer for path, layer in layers.items() if wanted(path)}

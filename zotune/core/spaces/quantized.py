@@ -9,18 +9,22 @@ from torch import Tensor, nn
 from zotune.core.block import Block, CodeBlock, FloatBlock, Owner
 from zotune.core.space import Observe, Space, SpaceSpec, matching
 from zotune.errors import BadInput
+from zotune.quant.graph import Graph
 from zotune.quant.layer import QuantLayer
 
 SMALLEST_SCALE = 1e-8
 
 
 def quantized(model: nn.Module, attribute: str, pattern: str | None) -> list[Owner]:
-    """The quantized layers that have this attribute, as owners; none is an error."""
-    found = {
-        f"{path}.{attribute}": Owner(path, module, attribute)
-        for path, module in model.named_modules()
-        if isinstance(module, QuantLayer) and getattr(module, attribute) is not None
-    }
+    """What is called so in quantized layers, or has that role in a graph; none is an error."""
+    found: dict[str, Owner] = {}
+    for path, module in model.named_modules():
+        names: list[str] = []
+        if isinstance(module, QuantLayer) and getattr(module, attribute) is not None:
+            names = [attribute]
+        elif isinstance(module, Graph):
+            names = [name for name, role in module.roles.items() if role == attribute]
+        found.update({f"{path}.{name}": Owner(path, module, name) for name in names})
     if not found:
         raise BadInput(
             f"this model has no quantized {attribute}: quantize it first (`zotune quantize`, or "
@@ -31,8 +35,7 @@ def quantized(model: nn.Module, attribute: str, pattern: str | None) -> list[Own
 
 
 def _zero_unit(owner: Owner) -> Tensor | float:
-    assert isinstance(owner.module, QuantLayer)
-    return owner.module.zero_unit
+    return owner.module.zero_unit if isinstance(owner.module, QuantLayer) else 1.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Scales(SpaceSpec):
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
         return Space(
             FloatBlock.of(
-                f"{o.path}.scale",
+                f"{o.path}.{o.attribute}",
                 o.tensor,
                 [o],
                 unit=o.tensor.detach().abs(),
@@ -69,7 +72,9 @@ class Zeros(SpaceSpec):
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
         return Space(
-            FloatBlock.of(f"{o.path}.zero", o.tensor, [o], unit=_zero_unit(o), **self.options)
+            FloatBlock.of(
+                f"{o.path}.{o.attribute}", o.tensor, [o], unit=_zero_unit(o), **self.options
+            )
             for o in quantized(model, "zero", self.pattern)
         )
 

@@ -57,15 +57,15 @@ import torch
 from torch import nn
 
 from zotune.errors import FormatError
-from zotune.quant.formats.folder import copy_companions, replace_folder
+from zotune.quant.formats.folder import copy_companions, home_of, replace_folder
 from zotune.quant.formats.origin import Source, round_to_storage_, set_source_, source_of
 from zotune.quant.formats.source import SourceFormat
 from zotune.quant.formats.tensors import quantization, read_json
 from zotune.quant.layer import QuantLayer
 
 __all__ = [
-    "Format", "SelfContained", "Source", "SourceFormat", "Wrapper", "detect", "formats", "read",
-    "round_to_storage_", "set_source_", "source_of", "write",
+    "Format", "SelfContained", "Source", "SourceFormat", "Wrapper", "detect", "formats",
+    "home_of", "read", "round_to_storage_", "set_source_", "source_of", "write",
 ]  # fmt: skip
 
 
@@ -116,8 +116,8 @@ def formats() -> dict[str, Format]:
     """Every format by name.
 
     >>> sorted(formats())  # doctest: +NORMALIZE_WHITESPACE
-    ['aqlm', 'awq', 'bitsandbytes', 'compressed-tensors', 'float', 'gguf', 'gptq', 'hqq', 'torchao',
-     'zotune']
+    ['aqlm', 'awq', 'bitsandbytes', 'compressed-tensors', 'float', 'gguf', 'gptq', 'hqq', 'onnx',
+     'torchao', 'zotune']
     """
     found: dict[str, Format] = {}
     for info in pkgutil.iter_modules(__path__):

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Final
 
 from zotune.errors import BadInput, FormatError
-from zotune.quant.formats.tensors import INDEX
+from zotune.quant.formats.tensors import INDEX, SINGLE
 
 # Tokenizer, generation and remote-code files; weights, their index and config.json are rewritten.
 COMPANIONS: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 # sentence-transformers keeps the settings of its modules in numbered folders.
 NESTED: Final = "[0-9]_*/config.json"
 # Endings of weight files: those that the checkpoint does not name are another model's.
-WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5")
+ONNX: Final = (".onnx", ".onnx_data", ".data")
+WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", *ONNX)
 REWRITTEN: Final = ("config.json", "*.index.json", "*.safetensors")
 
 
@@ -55,6 +56,22 @@ def is_gguf(folder: Path) -> bool:
     """Whether a folder's one .gguf file is its model."""
     own = folder.is_dir() and not (folder / "config.json").exists()
     return own and len(list(folder.glob("*.gguf"))) == 1
+
+
+def is_onnx(folder: Path) -> bool:
+    """Whether a folder's weights are .onnx files alone."""
+    others = any((folder / name).exists() for name in (SINGLE, INDEX))
+    return folder.is_dir() and any(folder.glob("*.onnx")) and not others
+
+
+def home_of(path: Path) -> Path:
+    """The folder in which a checkpoint's config and tokenizer lie: itself, or its file's.
+
+    A file in a folder called "onnx" without a config has them one higher, as on the hub.
+    """
+    folder = path if path.is_dir() else path.parent
+    higher = folder.name == "onnx" and not (folder / "config.json").exists()
+    return folder.parent if higher else folder
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -106,7 +123,7 @@ def _swap(fresh: Path, folder: Path) -> None:
         old.rename(folder)
         raise
     _sync_directory(folder.parent)
-    weights = (".gguf",) if is_gguf(old) else (".safetensors",)
+    weights = (".gguf",) if is_gguf(old) else (".safetensors", *ONNX)
     for path in old.iterdir():
         stale = path.name == INDEX or path.suffix in weights
         if not stale and not (folder / path.name).exists():

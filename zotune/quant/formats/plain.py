@@ -13,6 +13,7 @@ from torch import nn
 
 from zotune.errors import BadInput, FormatError
 from zotune.quant.formats.build import quiet_random_state
+from zotune.quant.formats.folder import is_onnx
 from zotune.quant.formats.tensors import QUANTIZERS, check_files, listing, quantization
 
 log = logging.getLogger("zotune")
@@ -26,7 +27,7 @@ class PlainFormat:
 
     def detect(self, folder: Path) -> bool:
         """Whether there is a config, and neither it nor a file beside it tells of quantization."""
-        sidecars = any((folder / name).exists() for name in QUANTIZERS)
+        sidecars = is_onnx(folder) or any((folder / name).exists() for name in QUANTIZERS)
         return (folder / "config.json").exists() and not sidecars and not quantization(folder)
 
     def read(
