@@ -12,6 +12,7 @@ from torch import nn
 
 from zotune.errors import BadInput, FormatError
 from zotune.models.encoder import HEAD_KEY, PooledClassifier, read_head
+from zotune.models.pipeline import is_pipeline, read_denoiser
 from zotune.models.tokenizer import load_tokenizer, with_padding
 from zotune.quant import QuantLinear, Scheme, formats, quantize_model_
 from zotune.quant.formats.tensors import read_json
@@ -32,9 +33,9 @@ class Loaded:
     Attributes:
         model: in eval mode.
         tokenizer: None if the folder has none.
-        kind: "causal", "encoder" or "classifier".
+        kind: "causal", "encoder", "classifier" or, of a pipeline's denoiser, "diffusion".
         path: the local folder, or the file that is all of it; pass it as `source` when writing.
-        config: the transformers configuration.
+        config: the model's configuration, as its library holds it.
         format: name of the checkpoint's format.
     """
 
@@ -60,7 +61,8 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        path: a local folder, a .gguf file, or a hub id such as "org/name".
+        path: a local folder, a .gguf file, or a hub id such as "org/name". The folder of a
+            diffusers pipeline gives its denoiser, of kind "diffusion".
         kind: "causal", "encoder", "classifier", or "auto" to tell from the config. A folder written
             from a `PooledClassifier` loads as one, of kind "classifier"; with kind="encoder" the
             encoder alone.
@@ -78,24 +80,24 @@ def load(
         FormatError: for a folder that is missing, damaged or of an unknown format.
     """
     folder = find_folder(path, trust_remote_code)
+    if is_pipeline(folder):
+        model, found = read_denoiser(folder, None if dtype == "auto" else parse_dtype(dtype))
+        _quantize_(model, scheme, exclude, found, folder)
+        set_compute_dtype_(model, compute_dtype)
+        return Loaded(model.to(device).eval(), None, "diffusion", folder, model.config, found)
     found = formats.detect(folder)
     own = formats.formats()[found]
     whole = own if isinstance(own, formats.SelfContained) else None
     config = whole.config(folder) if whole else read_json(folder / "config.json")
     resolved = resolve_kind(config, kind, folder)
     pooled = HEAD_KEY in config and resolved == "classifier"
-    if scheme is not None and found != "float":
-        raise BadInput(
-            f"{folder} is already quantized; leave scheme out or load a float checkpoint"
-        )
     model = formats.read(
         folder,
         _auto_class("encoder" if pooled else resolved),
         dtype=_resolve_dtype(dtype, found, device, config),
         trust_remote_code=trust_remote_code,
     )
-    if scheme is not None:
-        quantize_model_(model, scheme, exclude)
+    _quantize_(model, scheme, exclude, found, folder)
     set_compute_dtype_(model, compute_dtype)
     inner_config = model.config
     if pooled:
@@ -106,6 +108,22 @@ def load(
         else load_tokenizer(folder, trust_remote_code)
     )
     return Loaded(model.to(device).eval(), tokenizer, resolved, folder, inner_config, found)
+
+
+def _quantize_(
+    model: nn.Module,
+    scheme: str | Scheme | None,
+    exclude: tuple[str, ...],
+    found: str,
+    folder: Path,
+) -> None:
+    if scheme is None:
+        return
+    if found != "float":
+        raise BadInput(
+            f"{folder} is already quantized; leave scheme out or load a float checkpoint"
+        )
+    quantize_model_(model, scheme, exclude)
 
 
 def find_folder(path: str | Path, trust_remote_code: bool = False) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,16 @@ from zotune.tasks.batch import Batch
 
 if TYPE_CHECKING:
     from zotune.models import Loaded
+
+
+class Numbers(Protocol):
+    """Random numbers without a generator: n of a law ("gaussian", "uniform" on [-1, 1)), float32,
+    a function of the name and of where an example is looked at."""
+
+    def __call__(
+        self, law: Any, name: str, n: int, *, seed: int, step: int, lane: int
+    ) -> Tensor: ...
+
 
 Example = dict[str, Any]
 """One row of data, fields already checked; classification rows hold `label` as an int."""
@@ -62,6 +72,13 @@ class Task(ABC):
     def encode(self, example: Example) -> Any:
         """Tokenize one example."""
 
+    def look(self, feature: Any, seed: int, step: int, lane: int) -> Any:
+        """An encoded example as one look at it has it: with the noise, the crop that chance adds.
+
+        A function of (seed, step, lane), `lane` being the example's number in its batch.
+        """
+        return feature
+
     @abstractmethod
     def collate(self, features: Sequence[Any]) -> Batch:
         """Pad encoded examples into one batch."""
@@ -78,7 +95,12 @@ class Task(ABC):
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Encode and collate in one go."""
-        return self.collate([self.encode(example) for example in examples])
+        features = [self.encode(example) for example in examples]
+        return self.collate([self.look(f, 0, 0, lane) for lane, f in enumerate(features)])
+
+    def picture(self) -> Any:
+        """What the model made in the last evaluation, as a PIL image; None if nothing to see."""
+        return None
 
 
 def batch_loss(loss: Tensor, weight: Tensor) -> Tensor:

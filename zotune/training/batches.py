@@ -12,14 +12,26 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from zotune.core import secret
+from zotune.core.noise import Key, Law, draw
 from zotune.errors import BadInput, DataError
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
 
 log = logging.getLogger("zotune")
 _KEPT = 1 << 13  # encoded examples kept in memory; larger data sets are encoded again when drawn
+
+
+def numbers(law: Law, name: str, n: int, *, seed: int, step: int, lane: int) -> Tensor:
+    """What chance adds to an example, from the keyed noise that directions come from.
+
+    >>> first = numbers("gaussian", "noise", 2, seed=0, step=3, lane=1)
+    >>> bool((numbers("gaussian", "noise", 9, seed=0, step=3, lane=1)[:2] == first).all())
+    True
+    """
+    return draw(law, Key(seed, step, lane=lane), f"example/{name}", 0, n)
 
 
 @lru_cache(maxsize=4)
@@ -56,8 +68,10 @@ class AbstractBatches(ABC):
     def __getitem__(self, step: int) -> Batch | Sequence[Batch]:
         """The batch of a step, whole or in pieces to be run one by one."""
 
-    def _collated(self, chosen: Sequence[int]) -> Batch:
-        return self.task.collate([self._encoded(i) for i in chosen])
+    def _collated(self, chosen: Sequence[int], seed: int, step: int, first: int = 0) -> Batch:
+        features = [self._encoded(i) for i in chosen]
+        looks = [self.task.look(f, seed, step, first + k) for k, f in enumerate(features)]
+        return self.task.collate(looks)
 
     def _encoded(self, index: int) -> Any:
         if index not in self._features:
@@ -81,7 +95,8 @@ class Batches(AbstractBatches):
             )
 
     def __getitem__(self, step: int) -> Batch:
-        return self._collated(indices(self.seed, step, self.size, len(self.examples)))
+        chosen = indices(self.seed, step, self.size, len(self.examples))
+        return self._collated(chosen, self.seed, step)
 
 
 class PoissonBatches(AbstractBatches):
@@ -107,7 +122,8 @@ class PoissonBatches(AbstractBatches):
 
     def __getitem__(self, step: int) -> list[Batch]:
         chosen, size = poisson(self.size, len(self.examples)), self.together
-        return [self._collated(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        starts = range(0, len(chosen), size)
+        return [self._collated(chosen[i : i + size], 0, step, i) for i in starts]
 
 
 def poisson(expected: int, count: int) -> list[int]:

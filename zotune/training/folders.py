@@ -16,6 +16,7 @@ from zotune.errors import BadInput
 from zotune.models import Loaded, PooledClassifier
 from zotune.models import load as load_checkpoint
 from zotune.models.adapter import adapters, attach, detach, fold_, load_peft, save_peft
+from zotune.models.pipeline import is_pipeline, write_pipeline
 from zotune.quant import formats
 from zotune.quant.formats.folder import replace_folder
 from zotune.training.journal import NAME as JOURNAL
@@ -62,6 +63,9 @@ def write_model(model: nn.Module, folder: Path, source: Loaded) -> Path:
 
 def _write_checkpoint(model: nn.Module, folder: Path, source: Loaded) -> None:
     inner = model.saved_model if isinstance(model, formats.Wrapper) else model
+    if is_pipeline(source.path):
+        write_pipeline(model, folder, source.path)
+        return
     if hasattr(inner, "save_pretrained"):
         formats.write(
             model, folder, source.path if source.path.is_dir() else None, tokenizer=source.tokenizer

@@ -19,6 +19,7 @@ from zotune.models import Loaded, PooledClassifier
 from zotune.quant import quantize_model_
 from zotune.tasks.data import read_table
 from zotune.tasks.task import Example, Task
+from zotune.training.batches import numbers
 from zotune.training.config import TrainConfig
 from zotune.training.folders import from_module, load_model
 
@@ -86,6 +87,8 @@ def open_task(config: Any) -> Task:
         options["data"] = config.data
     if config.max_length is not None:
         options["max_length"] = config.max_length
+    if "numbers" in tasks.entry(name).options:
+        options["numbers"] = numbers
     return tasks.get(name, **options)
 
 

@@ -16,8 +16,9 @@ from zotune.errors import BadInput
 from zotune.models.adapter import CHILD, LowRank, attach, device_of
 from zotune.models.linears import linears
 
-ATTENTION = r"(^|\.)(q|v|c_attn|query|value)(_proj|_lin)?$"
-"""MeZO's and PEFT's usual targets: query and value (GPT-2's c_attn holds them)."""
+ATTENTION = r"(^|\.)(to_|add_)?(q|v|c_attn|query|value)(_proj|_lin)?$"
+"""MeZO's and PEFT's usual targets: query and value (GPT-2's c_attn holds them; diffusers has to_q,
+and add_q_proj for the text's part)."""
 
 
 @dataclass(frozen=True)

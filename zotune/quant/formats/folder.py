@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from zotune.errors import BadInput, FormatError
-from zotune.quant.formats.tensors import INDEX
+from zotune.quant.formats.tensors import INDICES
 
 # Tokenizer, generation and remote-code files; weights, their index and config.json are rewritten.
 COMPANIONS: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
@@ -20,6 +20,8 @@ COMPANIONS: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoke
 NESTED: Final = "[0-9]_*/config.json"
 # Endings of weight files: those that the checkpoint does not name are another model's.
 WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5")
+# What tells that a folder is a model's, or a diffusers pipeline's.
+RECORDS: Final = ("config.json", "model_index.json")
 REWRITTEN: Final = ("config.json", "*.index.json", "*.safetensors")
 
 
@@ -36,7 +38,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file; give a folder")
-    known = (folder / "config.json").exists() or is_gguf(folder)
+    known = any((folder / name).exists() for name in RECORDS) or is_gguf(folder)
     if folder.is_dir() and any(folder.iterdir()) and not known:
         raise BadInput(f"{folder} is not empty and holds no checkpoint; give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +110,7 @@ def _swap(fresh: Path, folder: Path) -> None:
     _sync_directory(folder.parent)
     weights = (".gguf",) if is_gguf(old) else (".safetensors",)
     for path in old.iterdir():
-        stale = path.name == INDEX or path.suffix in weights
+        stale = path.name in INDICES or path.suffix in weights
         if not stale and not (folder / path.name).exists():
             path.rename(folder / path.name)
     shutil.rmtree(old, ignore_errors=True)
