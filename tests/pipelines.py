@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import toys
 import torch
+import toys
 
 WORDS = ("a", "drawing", "of", "zero", "one", "two", "three")
 

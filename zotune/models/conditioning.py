@@ -61,7 +61,7 @@ def canvas_of(folder: Path, model: Any, resolution: int | None, device: torch.de
     """
     vae, config = component(folder, "vae"), model.config
     if vae is not None:
-        vae.to(device)
+        vae.to(device).enable_slicing()  # one image at a time: large ones take gigabytes
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     own = config.sample_size
     if resolution is None and own is None:

@@ -57,14 +57,21 @@ class Denoiser:
         return model
 
     def from_pretrained(self, folder: Path, *, dtype: torch.dtype, **options: Any) -> Any:
-        return self.kind.from_pretrained(
+        model, info = self.kind.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True,
             local_files_only=True,
         )  # fmt: skip
+        model.register_to_config(_name_or_path="")  # where it lies is not part of what it is
+        return model, info
 
 
 def is_pipeline(folder: Path) -> bool:
     return (folder / INDEX).is_file()
+
+
+def model_folder(folder: Path) -> Path:
+    """Where the files of a folder's model lie: a pipeline's denoiser has a folder of its own."""
+    return folder / read_index(folder)[1].denoiser if is_pipeline(folder) else folder
 
 
 def read_index(folder: Path) -> tuple[str, Kind, dict[str, tuple[str, str]]]:

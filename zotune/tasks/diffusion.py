@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,39 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import BadInput, DataError
-from zotune.models.conditioning import Canvas, Conditions, canvas_of, embed
+from zotune.models.conditioning import Conditions, canvas_of, embed
 from zotune.models.pipeline import component, read_index
 from zotune.tasks.batch import Batch
 from zotune.tasks.data import Table
-from zotune.tasks.images import image_tables, named, read_image
+from zotune.tasks.gallery import frechet, grid, pooled
+from zotune.tasks.images import image_tables, named
 from zotune.tasks.labels import pick_split
-from zotune.tasks.noising import Noised, Noising, noising
-from zotune.tasks.pictures import frechet, grid, pooled
+from zotune.tasks.latents import Encoded, encode_images
+from zotune.tasks.noising import Noising, noising
 from zotune.tasks.sampling import Sampler, Sampling, run
 from zotune.tasks.sources import Sizes
-from zotune.tasks.task import Example, Numbers, Task, device_of, evaluating
+from zotune.tasks.task import Draw, Example, Task, device_of, evaluating
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from zotune.models import Loaded
-
-log = logging.getLogger("zotune")
-FIXED = 0  # the seed of evaluations: every run is measured under the same noise
-_TOGETHER = 16  # images that go through the VAE at a time
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """An image as the denoiser knows it: latents, conditions, and features to compare sets by."""
-
-    latents: Tensor
-    conditions: Conditions
-    features: Tensor
-    digest: str
-
-
-Look = tuple[Noised, Conditions]
 
 
 class Diffusion(Task):
@@ -55,13 +36,13 @@ class Diffusion(Task):
     and under one draw of noise, both a function of (seed, step, place in the batch): all probes of
     a step see the same. An evaluation looks at every image at `looks` times, evenly spread, under
     noise that goes by the image alone, and makes samples from fixed noise; "frechet" is their
-    Fréchet distance to the images of the split on mean colours of 8 x 8 fields.
+    Fréchet distance to all images of the folder, on mean colours of 8 x 8 fields.
 
     Latents and embeddings are computed once, in `prepare`, and kept on the CPU.
 
     Args:
         tables: split name to rows {"image", "text", "digest"}; `root` is where the images lie.
-        numbers: the source of random numbers.
+        draw: numbers for evaluations, by name.
         resolution: side of the images in pixels; the model's own when None.
         timesteps: "logit-normal" or "uniform", for flow matching; diffusion is always uniform.
         weighting: of flow matching's loss: "none", "sigma-sqrt" or "cosmap".
@@ -76,7 +57,7 @@ class Diffusion(Task):
         self,
         tables: Mapping[str, Table],
         root: Path,
-        numbers: Numbers,
+        draw: Draw,
         sampling: Sampling,
         *,
         resolution: int | None = None,
@@ -86,7 +67,7 @@ class Diffusion(Task):
     ) -> None:
         if looks < 1:
             raise BadInput(f"looks={looks}; want at least one time to look at an image")
-        self._tables, self._root, self._numbers = dict(tables), root, numbers
+        self._tables, self._root, self._draw = dict(tables), root, draw
         self._sampling, self._resolution, self._looks = sampling, resolution, looks
         self._density, self._weighting = timesteps, weighting
         self._encoded: dict[str, Encoded] = {}
@@ -120,7 +101,8 @@ class Diffusion(Task):
         conditions = self._conditions(folder, device)
         self._sampler = Sampler(scheduler, canvas, conditions.get("", {}), self._sampling)
         for split, rows in self._tables.items():
-            self._tables[split] = self._encode_all(split, rows, canvas, conditions)
+            self._tables[split], found = encode_images(rows, self._root, canvas, conditions)
+            self._encoded.update(found)
         return loaded.model
 
     def _conditions(self, folder: Path, device: torch.device) -> dict[str, Conditions]:
@@ -137,55 +119,29 @@ class Diffusion(Task):
             )
         return embed(folder, sorted({"", *(row["text"] for row in rows)}), device)
 
-    def _encode_all(
-        self, split: str, rows: Table, canvas: Canvas, conditions: Mapping[str, Conditions]
-    ) -> Table:
-        pixels, bad = dict[int, Tensor](), []
-        for i, row in enumerate(rows):
-            try:
-                pixels[i] = read_image(self._root / row["image"], canvas.size, canvas.channels)
-            except DataError as error:
-                log.warning("%s; it is left out", error)
-                bad.append(row)
-        if bad:
-            log.warning("%d of %d %s images cannot be read", len(bad), len(rows), split)
-        if not pixels:
-            raise DataError(f"none of the {len(rows)} {split} images can be read: {named(bad)}")
-        kept = list(pixels)
-        for start in range(0, len(kept), _TOGETHER):
-            part = kept[start : start + _TOGETHER]
-            images = torch.stack([pixels[i] for i in part])
-            made = zip(part, canvas.latents(images), pooled(images), strict=True)
-            for i, latents, features in made:
-                known = conditions[rows[i]["text"]] if conditions else {}
-                digest = str(rows[i]["digest"])
-                self._encoded[rows[i]["image"]] = Encoded(latents, known, features, digest)
-        return rows.take(kept)
-
     def encode(self, example: Example) -> Encoded:
         self._bound()
         return self._encoded[example["image"]]
 
-    def look(self, feature: Encoded, seed: int, step: int, lane: int) -> Look:
-        place = self._bound()[0].place(partial(self._numbers, seed=seed, step=step, lane=lane))
-        return self._look_at(feature, place, seed, step, lane)
+    def collate(self, features: Sequence[Encoded]) -> Batch:
+        """Images without noise; `varied` adds it."""
+        names = self._bound()[1].blank
+        known = {n: torch.stack([f.conditions[n] for f in features]) for n in names}
+        latents = torch.stack([feature.latents for feature in features])
+        return Batch({"latents": latents, **known}, len(features))
 
-    def _look_at(self, feature: Encoded, place: float, seed: int, step: int, lane: int) -> Look:
-        shape = feature.latents.shape
-        noise = self._numbers("gaussian", "noise", shape.numel(), seed=seed, step=step, lane=lane)
-        noised = self._bound()[0].at(feature.latents, noise.view(shape), place)
-        return noised, feature.conditions
+    def varied(self, batch: Batch, draw: Draw) -> Batch:
+        x = batch["latents"]
+        places = self._bound()[0].places(draw, len(x))
+        return self._with_noise(batch, draw("noise", x.numel(), normal=True).view_as(x), places)
 
-    def collate(self, features: Sequence[Look]) -> Batch:
-        looks, known = [noised for noised, _ in features], [c for _, c in features]
-        tensors = {
-            "noisy": torch.stack([x.noisy for x in looks]),
-            "target": torch.stack([x.target for x in looks]),
-            "timestep": torch.stack([x.timestep for x in looks]),
-            "weight": torch.tensor([x.weight for x in looks]),
-            **{name: torch.stack([c[name] for c in known]) for name in known[0]},
-        }
-        return Batch(tensors, len(features))
+    def _with_noise(self, batch: Batch, noise: Tensor, places: Tensor) -> Batch:
+        noised = vars(self._bound()[0].at(batch["latents"], noise, places))
+        known = {name: t for name, t in batch.tensors.items() if name != "latents"}
+        return Batch({**known, **noised}, batch.size)
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        return self.varied(super().batch(examples), self._draw)
 
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The weighted mean square error of each example, and ones."""
@@ -205,28 +161,32 @@ class Diffusion(Task):
         total, device = 0.0, device_of(model)
         with evaluating(model):
             for start in range(0, len(looks), batch_size):
-                batch = self.collate([self._fixed(*x) for x in looks[start : start + batch_size]])
-                total += float(self.losses(model, batch.to(device))[0].double().sum())
+                batch = self._fixed(looks[start : start + batch_size]).to(device)
+                total += float(self.losses(model, batch)[0].double().sum())
             found = {"loss": total / len(looks)}
-            if self._sampling.count and len(features) > 1:
+            if self._sampling.count:
                 found["frechet"] = self._sample(model, features, batch_size)
         return found
 
-    def _fixed(self, feature: Encoded, k: int) -> Look:
-        place, step = (k + 0.5) / self._looks, int(feature.digest[:8], 16)
-        return self._look_at(feature, place, FIXED, step, k)
+    def _fixed(self, looks: Sequence[tuple[Encoded, int]]) -> Batch:
+        """Images under noise that goes by the image and the number of the look."""
+        noise = [self._noise(f"{f.digest} {k}", f.latents) for f, k in looks]
+        places = torch.tensor([(k + 0.5) / self._looks for _, k in looks])
+        return self._with_noise(self.collate([f for f, _ in looks]), torch.stack(noise), places)
+
+    def _noise(self, name: str, like: Tensor) -> Tensor:
+        return self._draw(name, like.numel(), normal=True).view_as(like)
 
     def _sample(self, model: nn.Module, like: Sequence[Encoded], batch_size: int) -> float:
-        """Make samples with the conditions of `like`, and compare the two sets."""
-        shape = like[0].latents.shape
-
-        def noise(i: int) -> Tensor:
-            x = self._numbers("gaussian", "sample", shape.numel(), seed=FIXED, step=i, lane=0)
-            return x.view(shape)
-
+        """Make samples with the conditions of `like`; their distance to the folder's images."""
         known = [feature.conditions for feature in like]
-        self._samples = self._bound()[1].images(model, known, noise, batch_size)
-        return frechet(pooled(self._samples), torch.stack([x.features for x in like]))
+
+        def start(i: int) -> Tensor:
+            return self._noise(f"sample {i}", like[0].latents)
+
+        self._samples = self._bound()[1].images(model, known, start, batch_size)
+        target = torch.stack([x.features for x in self._encoded.values()])
+        return frechet(pooled(self._samples), target)
 
     def picture(self) -> Image | None:
         return None if self._samples is None else grid(self._samples)
@@ -239,7 +199,7 @@ class Diffusion(Task):
 
 def diffusion(
     data: str,
-    numbers: Numbers,
+    draw: Draw,
     resolution: int | None = None,
     timesteps: str = "logit-normal",
     weighting: str = "none",
@@ -255,7 +215,7 @@ def diffusion(
     """A folder of images with captions, for the folder of a diffusers pipeline.
 
     Args:
-        numbers: the source of random numbers; a run gives its keyed noise.
+        draw: numbers for evaluations, by name; a run gives its keyed noise.
         looks: times at which an evaluation looks at every image.
         samples: images that an evaluation makes; 0 for none.
         train_size: (and dev_size, test_size) in images.
@@ -265,6 +225,6 @@ def diffusion(
         image_tables(root), group=lambda row: row["digest"]
     )
     return Diffusion(
-        tables, root, numbers, Sampling(samples, sample_steps, guidance), resolution=resolution,
+        tables, root, draw, Sampling(samples, sample_steps, guidance), resolution=resolution,
         timesteps=timesteps, weighting=weighting, looks=looks,
     )  # fmt: skip

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from zotune.errors import BadInput
+from zotune.tasks.task import Draw
 
-Draw = Callable[[str, str, int], Tensor]
-"""draw(law, name, n): n numbers that are a function of the example and of when it is seen."""
-WEIGHTINGS = {
-    "none": lambda s: 1.0,
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": torch.ones_like,
     "sigma-sqrt": lambda s: s**-2,
     "cosmap": lambda s: 2 / (math.pi * (1 - 2 * s + 2 * s * s)),
 }
@@ -33,24 +32,24 @@ WEIGHTINGS = {
 
 @dataclass(frozen=True, eq=False)
 class Noised:
-    """An image with noise in it: tensors of the image's shape, the time, and the loss's weight."""
+    """Images with noise in them: (n, ...) `noisy` and `target`, (n,) `timestep` and `weight`."""
 
     noisy: Tensor
     target: Tensor
     timestep: Tensor
-    weight: float
+    weight: Tensor
 
 
 class Noising(ABC):
     """A schedule of noise over places in [0, 1)."""
 
     @abstractmethod
-    def place(self, draw: Draw) -> float:
-        """Where a training example is looked at."""
+    def places(self, draw: Draw, n: int) -> Tensor:
+        """Where n training examples are looked at, (n,)."""
 
     @abstractmethod
-    def at(self, x: Tensor, noise: Tensor, place: float) -> Noised:
-        """The image with noise as strong as it is at a place."""
+    def at(self, x: Tensor, noise: Tensor, places: Tensor) -> Noised:
+        """The images x (n, ...) with noise as strong as it is at their places."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +59,20 @@ class Diffused(Noising):
     alphas: Tensor
     prediction: str
 
-    def place(self, draw: Draw) -> float:
-        return float(draw("uniform", "timestep", 1)) / 2 + 0.5
+    def places(self, draw: Draw, n: int) -> Tensor:
+        return draw("timestep", n)
 
-    def at(self, x: Tensor, noise: Tensor, place: float) -> Noised:
-        t = index(place, len(self.alphas))
-        a, s = float(self.alphas[t].sqrt()), float((1 - self.alphas[t]).sqrt())
+    def at(self, x: Tensor, noise: Tensor, places: Tensor) -> Noised:
+        t = indices(places, len(self.alphas))
+        a, s = (beside(v.sqrt(), x) for v in (self.alphas[t], 1 - self.alphas[t]))
         targets = {"epsilon": noise, "sample": x, "v_prediction": a * noise - s * x}
-        return Noised(a * x + s * noise, targets[self.prediction], torch.tensor(t), 1.0)
+        return Noised(a * x + s * noise, targets[self.prediction], t, torch.ones(len(x)))
 
 
 @dataclass(frozen=True, eq=False)
 class Flow(Noising):
-    """Flow matching with the scheduler's `sigmas` and `timesteps`, both (N,), noisiest first.
+    """Flow matching with the scheduler's `sigmas` (N,), float64, and `timesteps` (N,), noisiest
+    first.
 
     density: "logit-normal" places examples at sigmoid(N(0, 1)), "uniform" anywhere.
     """
@@ -82,25 +82,30 @@ class Flow(Noising):
     density: str
     weighting: str
 
-    def place(self, draw: Draw) -> float:
+    def places(self, draw: Draw, n: int) -> Tensor:
         if self.density == "uniform":
-            return float(draw("uniform", "timestep", 1)) / 2 + 0.5
-        return float(draw("gaussian", "timestep", 1).sigmoid())
+            return draw("timestep", n)
+        return draw("timestep", n, normal=True).sigmoid()
 
-    def at(self, x: Tensor, noise: Tensor, place: float) -> Noised:
-        i = index(place, len(self.sigmas))
-        s = float(self.sigmas[i])
-        weight = WEIGHTINGS[self.weighting](s)
+    def at(self, x: Tensor, noise: Tensor, places: Tensor) -> Noised:
+        i = indices(places, len(self.sigmas))
+        s = beside(self.sigmas[i], x)
+        weight = WEIGHTINGS[self.weighting](self.sigmas[i]).float()
         return Noised((1 - s) * x + s * noise, noise - x, self.timesteps[i], weight)
 
 
-def index(place: float, count: int) -> int:
-    """Which of `count` equal parts of [0, 1) a place lies in.
+def indices(places: Tensor, count: int) -> Tensor:
+    """Which of `count` equal parts of [0, 1) each place lies in.
 
-    >>> index(0.0, 4), index(0.49, 4), index(1.0, 4)
-    (0, 1, 3)
+    >>> indices(torch.tensor([0.0, 0.49, 1.0]), 4).tolist()
+    [0, 1, 3]
     """
-    return min(int(place * count), count - 1)
+    return (places * count).long().clamp_max(count - 1)
+
+
+def beside(values: Tensor, x: Tensor) -> Tensor:
+    """One value per example, (n,), in x's dtype and shaped to be multiplied with x (n, ...)."""
+    return values.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
 def noising(scheduler: Any, density: str, weighting: str) -> Noising:

@@ -21,13 +21,11 @@ if TYPE_CHECKING:
     from zotune.models import Loaded
 
 
-class Numbers(Protocol):
-    """Random numbers without a generator: n of a law ("gaussian", "uniform" on [-1, 1)), float32,
-    a function of the name and of where an example is looked at."""
+class Draw(Protocol):
+    """Numbers for a step: `count` of a name, float32, uniform in [0, 1) or normal, the same
+    whenever they are drawn."""
 
-    def __call__(
-        self, law: Any, name: str, n: int, *, seed: int, step: int, lane: int
-    ) -> Tensor: ...
+    def __call__(self, name: str, count: int, normal: bool = False) -> Tensor: ...
 
 
 Example = dict[str, Any]
@@ -72,16 +70,13 @@ class Task(ABC):
     def encode(self, example: Example) -> Any:
         """Tokenize one example."""
 
-    def look(self, feature: Any, seed: int, step: int, lane: int) -> Any:
-        """An encoded example as one look at it has it: with the noise, the crop that chance adds.
-
-        A function of (seed, step, lane), `lane` being the example's number in its batch.
-        """
-        return feature
-
     @abstractmethod
     def collate(self, features: Sequence[Any]) -> Batch:
         """Pad encoded examples into one batch."""
+
+    def varied(self, batch: Batch, draw: Draw) -> Batch:
+        """A training batch as one step sees it: with noise or augmented, where a task does so."""
+        return batch
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -95,8 +90,7 @@ class Task(ABC):
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Encode and collate in one go."""
-        features = [self.encode(example) for example in examples]
-        return self.collate([self.look(f, 0, 0, lane) for lane, f in enumerate(features)])
+        return self.collate([self.encode(example) for example in examples])
 
     def picture(self) -> Any:
         """What the model made in the last evaluation, as a PIL image; None if nothing to see."""

@@ -12,26 +12,17 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from zotune.core import secret
-from zotune.core.noise import Key, Law, draw
+from zotune.core import noise, secret
+from zotune.core.noise import Key
 from zotune.errors import BadInput, DataError
 from zotune.tasks.batch import Batch
-from zotune.tasks.task import Task
+from zotune.tasks.task import Draw, Task
 
 log = logging.getLogger("zotune")
 _KEPT = 1 << 13  # encoded examples kept in memory; larger data sets are encoded again when drawn
-
-
-def numbers(law: Law, name: str, n: int, *, seed: int, step: int, lane: int) -> Tensor:
-    """What chance adds to an example, from the keyed noise that directions come from.
-
-    >>> first = numbers("gaussian", "noise", 2, seed=0, step=3, lane=1)
-    >>> bool((numbers("gaussian", "noise", 9, seed=0, step=3, lane=1)[:2] == first).all())
-    True
-    """
-    return draw(law, Key(seed, step, lane=lane), f"example/{name}", 0, n)
 
 
 @lru_cache(maxsize=4)
@@ -68,10 +59,8 @@ class AbstractBatches(ABC):
     def __getitem__(self, step: int) -> Batch | Sequence[Batch]:
         """The batch of a step, whole or in pieces to be run one by one."""
 
-    def _collated(self, chosen: Sequence[int], seed: int, step: int, first: int = 0) -> Batch:
-        features = [self._encoded(i) for i in chosen]
-        looks = [self.task.look(f, seed, step, first + k) for k, f in enumerate(features)]
-        return self.task.collate(looks)
+    def _collated(self, chosen: Sequence[int], draw: Draw) -> Batch:
+        return self.task.varied(self.task.collate([self._encoded(i) for i in chosen]), draw)
 
     def _encoded(self, index: int) -> Any:
         if index not in self._features:
@@ -96,7 +85,23 @@ class Batches(AbstractBatches):
 
     def __getitem__(self, step: int) -> Batch:
         chosen = indices(self.seed, step, self.size, len(self.examples))
-        return self._collated(chosen, self.seed, step)
+        return self._collated(chosen, drawing(Key(self.seed, step=step)))
+
+
+def drawing(key: Key) -> Draw:
+    """The keyed noise of a step as numbers for its examples; no block has such a name.
+
+    >>> draw = drawing(Key(0, step=3))
+    >>> bool((draw("noise", 9)[:2] == draw("noise", 2)).all())
+    True
+    """
+
+    def numbers(name: str, count: int, normal: bool = False) -> Tensor:
+        if normal:
+            return noise.draw("gaussian", key, f"#{name}", 0, count)
+        return noise.draw("uniform", key, f"#{name}", 0, count).mul_(0.5).add_(0.5)
+
+    return numbers
 
 
 class PoissonBatches(AbstractBatches):
@@ -122,8 +127,15 @@ class PoissonBatches(AbstractBatches):
 
     def __getitem__(self, step: int) -> list[Batch]:
         chosen, size = poisson(self.size, len(self.examples)), self.together
-        starts = range(0, len(chosen), size)
-        return [self._collated(chosen[i : i + size], 0, step, i) for i in starts]
+        pieces = (chosen[i : i + size] for i in range(0, len(chosen), size))
+        return [self._collated(piece, _secretly_drawn) for piece in pieces]
+
+
+def _secretly_drawn(name: str, count: int, normal: bool = False) -> Tensor:
+    """Numbers that do not come again."""
+    words = np.frombuffer(secret.entropy(4 * count), np.uint32) >> np.uint32(8)
+    numbers = torch.from_numpy(words.astype(np.float32) / (1 << 24))
+    return torch.special.ndtri(numbers + 2**-25) if normal else numbers
 
 
 def poisson(expected: int, count: int) -> list[int]:
