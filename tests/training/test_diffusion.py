@@ -125,8 +125,8 @@ def test_forward_passes_alone_adapt_a_quantized_ddpm_to_other_images(
 ) -> None:
     given = config(
         trained, tmp_path / "run", data=str(trained / "inverted"), scheme="int4-g4",
-        method="mezo(lr=3e-3, units='relative')", space="norms+biases+scales", max_steps=60,
-        per_device_train_batch_size=16,
+        method="mezo(lr=0.1, eps=0.05, units='relative')", space="norms+biases", max_steps=40,
+        per_device_train_batch_size=16, max_eval_samples=8,
         task_options={"samples": 32, "sample_steps": 5}, save_steps=0,
     )  # fmt: skip
     result = train(given)

@@ -24,7 +24,7 @@ def grid(images: Tensor, gap: int = 2) -> Any:
     rows = math.ceil(len(images) / columns)
     missing = rows * columns - len(images)
     tiles = F.pad(images, (0, gap, 0, gap, 0, 0, 0, missing), value=255)
-    tiles = tiles.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    tiles = tiles.view(rows, columns, *tiles.shape[1:]).permute(2, 0, 3, 1, 4)
     whole = tiles.flatten(3, 4).flatten(1, 2).permute(1, 2, 0)
     return Image.fromarray(whole.squeeze(-1).contiguous().numpy())
 
