@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1] / "zotune"
 MODULES = sorted(ROOT.rglob("*.py"))
 HEAVY = [
     "transformers", "numba", "datasets", "matplotlib", "peft", "rich", "jsonargparse", "accelerate",
-    "huggingface_hub", "tensorboard", "onnxruntime", "dp_accounting",
+    "huggingface_hub", "tensorboard", "onnxruntime", "dp_accounting", "diffusers", "PIL",
 ]  # fmt: skip
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}

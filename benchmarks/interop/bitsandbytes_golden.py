@@ -51,12 +51,18 @@ def main(names: list[str]) -> None:
 
 def library(folder: Path) -> Any:
     """The saved model in float32, its weights by the library."""
-    from bitsandbytes.functional import dequantize_4bit
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, device_map="cpu", local_files_only=True
     )
+    return dequantized(model)
+
+
+def dequantized(model: Any) -> Any:
+    """The same model with float32 layers, their weights by the library."""
+    from bitsandbytes.functional import dequantize_4bit
+
     for name, module in list(model.named_modules()):
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:

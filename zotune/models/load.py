@@ -13,6 +13,7 @@ from torch import nn
 
 from zotune.errors import BadInput, FormatError
 from zotune.models.encoder import HEAD_KEY, PooledClassifier, read_head
+from zotune.models.pipeline import is_pipeline, read_denoiser
 from zotune.models.tokenizer import load_tokenizer, with_padding
 from zotune.quant import QuantLayer, Scheme, formats, quantize_model_
 from zotune.quant.formats.tensors import read_json
@@ -34,9 +35,10 @@ class Loaded:
     Attributes:
         model: in eval mode.
         tokenizer: None if the folder has none.
-        kind: "causal", "encoder", "classifier" (of texts) or "vision" (a classifier of images).
+        kind: "causal", "encoder", "classifier" (of texts), "vision" (a classifier of images) or
+            "diffusion" (a pipeline's denoiser).
         path: the local folder, or the model's file; pass it as `source` when writing.
-        config: the transformers configuration.
+        config: the model's configuration, as its library holds it.
         format: name of the checkpoint's format.
     """
 
@@ -62,7 +64,8 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        path: a local folder, a .gguf or .onnx file, or a hub id such as "org/name".
+        path: a local folder, a .gguf or .onnx file, or a hub id such as "org/name". The folder of a
+            diffusers pipeline gives its denoiser, of kind "diffusion".
         kind: one of `KINDS`, or "auto" to tell from the config. A folder written
             from a `PooledClassifier` loads as one, of kind "classifier"; with kind="encoder" the
             encoder alone.
@@ -80,6 +83,12 @@ def load(
         FormatError: for a folder that is missing, damaged or of an unknown format.
     """
     folder = find_folder(path, trust_remote_code)
+    if is_pipeline(folder):
+        model, found = read_denoiser(folder, None if dtype == "auto" else parse_dtype(dtype))
+        left = default_exclude("diffusion") if exclude is None else exclude
+        _quantize_(model, scheme, left, found, folder)
+        set_compute_dtype_(model, compute_dtype)
+        return Loaded(model.to(device).eval(), None, "diffusion", folder, model.config, found)
     found = formats.detect(folder)
     own = formats.formats()[found]
     whole = own if isinstance(own, formats.SelfContained) else None
@@ -87,19 +96,14 @@ def load(
     config = whole.config(folder) if whole else read_json(home / "config.json")
     resolved = resolve_kind(config, kind, folder)
     pooled = HEAD_KEY in config and resolved == "classifier"
-    if scheme is not None and found != "float":
-        raise BadInput(
-            f"{folder} is already quantized; leave scheme out or load a float checkpoint"
-        )
     model = formats.read(
         folder,
         _auto_class("encoder" if pooled else resolved),
         dtype=_resolve_dtype(dtype, found, device, config),
         trust_remote_code=trust_remote_code,
     )
-    if scheme is not None:
-        left = default_exclude(resolved) if exclude is None else exclude
-        quantize_model_(model, scheme, left)
+    left = default_exclude(resolved) if exclude is None else exclude
+    _quantize_(model, scheme, left, found, folder)
     set_compute_dtype_(model, compute_dtype)
     inner_config = model.config
     if pooled:
@@ -110,6 +114,22 @@ def load(
     elif resolved != "vision":
         tokenizer = load_tokenizer(home, trust_remote_code)
     return Loaded(model.to(device).eval(), tokenizer, resolved, folder, inner_config, found)
+
+
+def _quantize_(
+    model: nn.Module,
+    scheme: str | Scheme | None,
+    exclude: tuple[str, ...],
+    found: str,
+    folder: Path,
+) -> None:
+    if scheme is None:
+        return
+    if found != "float":
+        raise BadInput(
+            f"{folder} is already quantized; leave scheme out or load a float checkpoint"
+        )
+    quantize_model_(model, scheme, exclude)
 
 
 def find_folder(path: str | Path, trust_remote_code: bool = False) -> Path:

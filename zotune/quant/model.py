@@ -16,11 +16,14 @@ from zotune.quant.linear import QuantLinear, is_conv1d
 DEFAULT_EXCLUDE = ("lm_head",)
 IMAGE_HEADS = ("classifier", "classifier.*", "head", "head.*", "fc")
 """What image classifiers call their output layer."""
+CONVOLUTIONS = ("*conv*", "pos_embed*")
+"""What denoisers call their convolutions."""
 
 
 def default_exclude(kind: str) -> tuple[str, ...]:
-    """What stays float in a model of this kind unless asked for: its output layer."""
-    return IMAGE_HEADS if kind == "vision" else DEFAULT_EXCLUDE
+    """What stays float in a model of this kind unless asked for: its output layer, or
+    a denoiser's convolutions."""
+    return {"vision": IMAGE_HEADS, "diffusion": CONVOLUTIONS}.get(kind, DEFAULT_EXCLUDE)
 
 
 def quantize_model_(

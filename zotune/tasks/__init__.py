@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from zotune.tasks import choice as _choice
 from zotune.tasks import classification as _classification
+from zotune.tasks import diffusion as _diffusion
 from zotune.tasks import lm as _lm
 from zotune.tasks import named as _named
 from zotune.tasks import picture_sets as _picture_sets
@@ -33,6 +34,7 @@ register("choice", _choice.choice, "choose among a row's own answers (prompt, ch
 register("qa", _qa.qa, "answer questions about contexts (context, question, answers), metric F1")
 register("lm", _lm.lm, "language modelling of plain text, metric perplexity")
 register("sft", _sft.sft, "prompt and completion, or messages; loss on the answers only")
+register("diffusion", _diffusion.diffusion, "images with captions, for diffusers pipelines")
 _named.register_all()
 _picture_sets.register_all()
 

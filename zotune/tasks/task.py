@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,13 @@ from zotune.tasks.batch import Batch
 if TYPE_CHECKING:
     from zotune.models import Loaded
 
-Draw = Callable[[str, int], Tensor]
-"""Numbers for a step: a name and a count to float32 in [0, 1), the same whenever they are drawn."""
+
+class Draw(Protocol):
+    """Numbers for a step: `count` of a name, float32, uniform in [0, 1) or normal, the same
+    whenever they are drawn."""
+
+    def __call__(self, name: str, count: int, normal: bool = False) -> Tensor: ...
+
 
 Example = dict[str, Any]
 """One row of data, fields already checked; classification rows hold `label` as an int."""
@@ -70,7 +75,7 @@ class Task(ABC):
         """Pad encoded examples into one batch."""
 
     def varied(self, batch: Batch, draw: Draw) -> Batch:
-        """A training batch as one step sees it: augmented, where a task does so."""
+        """A training batch as one step sees it: with noise or augmented, where a task does so."""
         return batch
 
     @abstractmethod
@@ -86,6 +91,10 @@ class Task(ABC):
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Encode and collate in one go."""
         return self.collate([self.encode(example) for example in examples])
+
+    def picture(self) -> Any:
+        """What the model made in the last evaluation, as a PIL image; None if nothing to see."""
+        return None
 
 
 def batch_loss(loss: Tensor, weight: Tensor) -> Tensor:

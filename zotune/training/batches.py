@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -85,12 +85,23 @@ class Batches(AbstractBatches):
 
     def __getitem__(self, step: int) -> Batch:
         chosen = indices(self.seed, step, self.size, len(self.examples))
-        return self._collated(chosen, partial(_drawn, Key(self.seed, step=step)))
+        return self._collated(chosen, drawing(Key(self.seed, step=step)))
 
 
-def _drawn(key: Key, name: str, count: int) -> Tensor:
-    """Numbers in [0, 1) that depend on seed and step alone; no block has such a name."""
-    return noise.draw("uniform", key, f"#{name}", 0, count).mul_(0.5).add_(0.5)
+def drawing(key: Key) -> Draw:
+    """The keyed noise of a step as numbers for its examples; no block has such a name.
+
+    >>> draw = drawing(Key(0, step=3))
+    >>> bool((draw("noise", 9)[:2] == draw("noise", 2)).all())
+    True
+    """
+
+    def numbers(name: str, count: int, normal: bool = False) -> Tensor:
+        if normal:
+            return noise.draw("gaussian", key, f"#{name}", 0, count)
+        return noise.draw("uniform", key, f"#{name}", 0, count).mul_(0.5).add_(0.5)
+
+    return numbers
 
 
 class PoissonBatches(AbstractBatches):
@@ -120,10 +131,11 @@ class PoissonBatches(AbstractBatches):
         return [self._collated(piece, _secretly_drawn) for piece in pieces]
 
 
-def _secretly_drawn(name: str, count: int) -> Tensor:
-    """Numbers in [0, 1) that do not come again."""
+def _secretly_drawn(name: str, count: int, normal: bool = False) -> Tensor:
+    """Numbers that do not come again."""
     words = np.frombuffer(secret.entropy(4 * count), np.uint32) >> np.uint32(8)
-    return torch.from_numpy(words.astype(np.float32) / (1 << 24))
+    numbers = torch.from_numpy(words.astype(np.float32) / (1 << 24))
+    return torch.special.ndtri(numbers + 2**-25) if normal else numbers
 
 
 def poisson(expected: int, count: int) -> list[int]:

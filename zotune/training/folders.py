@@ -16,6 +16,7 @@ from zotune.errors import BadInput
 from zotune.models import Loaded, PooledClassifier
 from zotune.models import load as load_checkpoint
 from zotune.models.adapter import adapters, attach, detach, fold_, load_peft, save_peft
+from zotune.models.pipeline import is_pipeline, write_pipeline
 from zotune.quant import formats
 from zotune.quant.export import Exporter, export_
 from zotune.quant.formats.folder import replace_folder
@@ -68,6 +69,9 @@ def _write_checkpoint(model: nn.Module, folder: Path, source: Loaded, to: Export
         export_(model, folder, to, source=files, tokenizer=source.tokenizer)
         return
     inner = model.saved_model if isinstance(model, formats.Wrapper) else model
+    if is_pipeline(source.path):
+        write_pipeline(model, folder, source.path)
+        return
     if formats.source_of(inner) is not None or hasattr(inner, "save_pretrained"):
         formats.write(model, folder, files, tokenizer=source.tokenizer)
         return

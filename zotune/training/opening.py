@@ -11,6 +11,7 @@ from torch import nn
 from zotune import methods, tasks
 from zotune.core import spaces
 from zotune.core.calls import split_calls
+from zotune.core.noise import Key
 from zotune.core.space import SpaceSpec
 from zotune.core.spaces import Head, Norms, Scales
 from zotune.core.spaces.parameters import heads
@@ -22,8 +23,11 @@ from zotune.quant.graph import Graph
 from zotune.tasks.data import read_table
 from zotune.tasks.task import Example, Task
 from zotune.tasks.vision import ImageClassification
+from zotune.training.batches import drawing
 from zotune.training.config import TrainConfig
 from zotune.training.folders import from_module, load_model
+
+EVALUATED = Key(0)  # of what evaluations draw: the same in every run
 
 
 def open_method(config: TrainConfig) -> AnyMethod:
@@ -99,6 +103,8 @@ def open_task(config: Any) -> Task:
         options["data"] = config.data
     if config.max_length is not None:
         options["max_length"] = config.max_length
+    if "draw" in tasks.entry(name).options:
+        options["draw"] = drawing(EVALUATED)
     return tasks.get(name, **options)
 
 

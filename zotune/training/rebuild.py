@@ -133,10 +133,11 @@ def _base(
         "device": device,
     }
     from zotune.models.load import find_folder
+    from zotune.models.pipeline import model_folder
     from zotune.quant import formats
 
     folder = find_folder(model, trust_remote_code)
-    scheme = config["scheme"] if formats.detect(folder) == "float" else None
+    scheme = config["scheme"] if formats.detect(model_folder(folder)) == "float" else None
     return load_model(folder, scheme=scheme, **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from zotune.training.snapshots import cannot_write, write_atomic, write_json
 if TYPE_CHECKING:
     from zotune.training.privacy import Privacy
 
-METRICS, RESULT, PLOT, CARD, CONFIG = (
-    "metrics.jsonl", "result.json", "plot.png", "README.md", "config.yaml"
+METRICS, RESULT, PLOT, CARD, CONFIG, PICTURE = (
+    "metrics.jsonl", "result.json", "plot.png", "README.md", "config.yaml", "samples-{}.png"
 )  # fmt: skip
 
 
@@ -124,6 +125,14 @@ def read_config(folder: Path) -> TrainConfig:
             f"{folder} is not a run folder: {CONFIG} cannot be read ({error})"
         ) from error
     return TrainConfig.of({**values, "output_dir": str(folder)})
+
+
+def save_picture(folder: Path, when: str, picture: Any) -> None:
+    """`samples-before.png`, `samples-after.png`: what a model makes, a PIL image; None for none."""
+    if picture is not None:
+        data = io.BytesIO()
+        picture.save(data, "PNG")
+        write_atomic(folder / PICTURE.format(when), data.getvalue())
 
 
 def plot(folder: Path, rows: list[dict[str, Any]], metric: str) -> None:

@@ -26,7 +26,8 @@ from zotune.training.snapshots import Mark
 
 log = logging.getLogger("zotune")
 OURS = (NAME, report.METRICS, report.RESULT, report.PLOT, report.CARD, report.CONFIG,
-        snapshots.FOLDER, "model")  # fmt: skip
+        snapshots.FOLDER, "model",
+        *(report.PICTURE.format(when) for when in ("before", "after")))  # fmt: skip
 
 
 def check_folder(config: TrainConfig) -> None:

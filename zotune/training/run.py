@@ -60,6 +60,7 @@ class Run:
             self._load_best()
         round_to_storage_(self.bench.model)
         after = self._evaluate(final_split(self.bench.task))
+        report.save_picture(self.out, "after", self.bench.task.picture())
         result = self._result(before, after, peak)
         if not result.improved and (advice := self.diagnostics.advice()):
             log.warning("%s", advice)
@@ -190,6 +191,7 @@ class Run:
         if not any("before" in row for row in self.metrics.rows):
             self.metrics.add({"step": 0, "before": numbers})
             log.info("before: %s", "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+            report.save_picture(self.out, "before", self.bench.task.picture())
         return numbers
 
     def _best_so_far(self) -> tuple[float | None, int | None]:

@@ -15,8 +15,9 @@ from zotune.core.spaces.parameters import body_adapters, body_linears, rms
 from zotune.errors import BadInput
 from zotune.models.adapter import CHILD, LowRank, attach, device_of
 
-ATTENTION = r"(^|\.)(q|v|c_attn|query|value)(_proj|_lin)?$"
-"""MeZO's and PEFT's usual targets: query and value (GPT-2's c_attn holds them)."""
+ATTENTION = r"(^|\.)(to_|add_)?(q|v|c_attn|query|value)(_proj|_lin)?$"
+"""MeZO's and PEFT's usual targets: query and value (GPT-2's c_attn holds them; diffusers has to_q,
+and add_q_proj for the text's part)."""
 
 
 @dataclass(frozen=True)

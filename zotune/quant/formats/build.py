@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.errors import FormatError
-from zotune.quant.formats.tensors import listing
+from zotune.errors import BadInput, FormatError
+from zotune.quant.formats.tensors import listing, read_json
 
 
 @contextmanager
@@ -22,7 +22,13 @@ def quiet_random_state() -> Iterator[None]:
 
 
 def model_config(folder: Path, trust_remote_code: bool) -> Any:
-    """A folder's transformers configuration, without what says how its weights are stored."""
+    """A folder's configuration, without what says how its weights are stored.
+
+    A transformers object; diffusers, whose files name their class, keeps a plain mapping.
+    """
+    own = read_json(folder / "config.json")
+    if "_class_name" in own:
+        return {name: value for name, value in own.items() if name != "quantization_config"}
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
@@ -94,6 +100,28 @@ def assign_(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> No
             f"tensors of {folder} do not fit its config: missing [{listing(absent)}], "
             f"unexpected [{listing(extra)}]"
         )
+
+
+def save_config(model: Any, folder: Path) -> dict[str, Any]:
+    """Write a model's config.json by its own library; gives back what it holds.
+
+    Raises:
+        BadInput: if the model has no config.
+    """
+    config = getattr(model, "config", None)
+    if hasattr(model, "save_config"):  # diffusers
+        model.save_config(folder)
+        return read_json(folder / "config.json")
+    if config is None or not hasattr(config, "save_pretrained"):
+        raise BadInput(f"{type(model).__name__} has no config to save; give a transformers model")
+    config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()] or [torch.float32]
+    dtype = str(dtypes[0]).removeprefix("torch.")
+    saved = read_json(folder / "config.json")
+    return {**saved, "architectures": [type(model).__name__], "dtype": dtype}
 
 
 def restore_generation_config_(model: nn.Module, folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from zotune.errors import BadInput, FormatError
-from zotune.quant.formats.tensors import INDEX, SINGLE
+from zotune.quant.formats.tensors import INDICES, SINGLES
 
 # Tokenizer, generation and remote-code files; weights, their index and config.json are rewritten.
 COMPANIONS: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
@@ -21,6 +21,8 @@ NESTED: Final = "[0-9]_*/config.json"
 # Endings of weight files: those that the checkpoint does not name are another model's.
 ONNX: Final = (".onnx", ".onnx_data", ".data")
 WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", *ONNX)
+# What tells that a folder is a model's, or a diffusers pipeline's.
+RECORDS: Final = ("config.json", "model_index.json")
 REWRITTEN: Final = ("config.json", "*.index.json", "*.safetensors")
 
 
@@ -37,7 +39,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file; give a folder")
-    known = (folder / "config.json").exists() or is_gguf(folder)
+    known = any((folder / name).exists() for name in RECORDS) or is_gguf(folder)
     if folder.is_dir() and any(folder.iterdir()) and not known:
         raise BadInput(f"{folder} is not empty and holds no checkpoint; give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,7 @@ def is_gguf(folder: Path) -> bool:
 
 def is_onnx(folder: Path) -> bool:
     """Whether a folder's weights are .onnx files alone."""
-    others = any((folder / name).exists() for name in (SINGLE, INDEX))
+    others = any((folder / name).exists() for name in (*SINGLES, *INDICES))
     return folder.is_dir() and any(folder.glob("*.onnx")) and not others
 
 
@@ -125,7 +127,7 @@ def _swap(fresh: Path, folder: Path) -> None:
     _sync_directory(folder.parent)
     weights = (".gguf",) if is_gguf(old) else (".safetensors", *ONNX)
     for path in old.iterdir():
-        stale = path.name == INDEX or path.suffix in weights
+        stale = path.name in INDICES or path.suffix in weights
         if not stale and not (folder / path.name).exists():
             path.rename(folder / path.name)
     shutil.rmtree(old, ignore_errors=True)

@@ -24,6 +24,7 @@ from zotune.quant.formats.build import (
     empty_model,
     model_config,
     restore_generation_config_,
+    save_config,
 )
 from zotune.quant.formats.tensors import (
     SINGLE,
@@ -77,23 +78,11 @@ class NativeFormat:
         """
         from safetensors.torch import save_file
 
-        config = getattr(model, "config", None)
-        if config is None or not hasattr(config, "save_pretrained"):
-            raise BadInput(
-                f"{type(model).__name__} has no config to save; give a transformers model"
-            )
         layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
         record = _make_record(layers)
-        config.save_pretrained(folder)
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
-        path = folder / "config.json"
-        saved = read_json(path)
-        saved["architectures"] = [type(model).__name__]
-        saved["dtype"] = str(_float_dtype(model)).removeprefix("torch.")
-        saved["quantization_config"] = record
-        path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        saved = {**save_config(model, folder), "quantization_config": record}
+        text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
         save_file(_on_disk(model, layers), folder / SINGLE, metadata={"format": "pt"})
 
 
@@ -204,11 +193,6 @@ def _on_disk(model: nn.Module, layers: dict[str, QuantLayer]) -> dict[str, Tenso
             listing(lossy),
         )
     return stored
-
-
-def _float_dtype(model: nn.Module) -> torch.dtype:
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    return dtypes[0] if dtypes else torch.float32
 
 
 FORMAT = NativeFormat()

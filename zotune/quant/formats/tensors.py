@@ -14,6 +14,9 @@ from zotune.errors import FormatError
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+SINGLES: Final = (SINGLE, "diffusion_pytorch_model.safetensors")
+"""What transformers and diffusers call a model's one weight file."""
+INDICES: Final = (INDEX, "diffusion_pytorch_model.safetensors.index.json")
 # Where older quantizers say what config.json does not: AutoGPTQ, AutoAWQ.
 QUANTIZERS: Final = ("quantize_config.json", "quant_config.json")
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -57,10 +60,12 @@ def weight_files(folder: Path) -> list[Path]:
         FormatError: if there are none, if a shard is missing or named by a path, or if only pickles
             are there.
     """
-    if (folder / INDEX).exists():
-        return [folder / name for name in sorted(set(_weight_map(folder).values()))]
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
+    index = index_file(folder)
+    if index is not None:
+        return [folder / name for name in sorted(set(_weight_map(index).values()))]
+    for name in SINGLES:
+        if (folder / name).exists():
+            return [folder / name]
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
     if pickles:
         raise FormatError(
@@ -69,6 +74,11 @@ def weight_files(folder: Path) -> list[Path]:
             "model.save_pretrained(folder, safe_serialization=True)"
         )
     raise FormatError(f"{folder} holds no weights; wanted {SINGLE} or {INDEX}")
+
+
+def index_file(folder: Path) -> Path | None:
+    """The index of a folder whose weights are in shards."""
+    return next((folder / name for name in INDICES if (folder / name).exists()), None)
 
 
 def check_files(folder: Path) -> list[str]:
@@ -85,8 +95,9 @@ def check_files(folder: Path) -> list[str]:
                 if name in names:
                     raise FormatError(f"tensor {name!r} is in both {names[name]} and {path.name}")
                 names[name] = path.name
-    if (folder / INDEX).exists():
-        _compare_with_index(folder, names)
+    index = index_file(folder)
+    if index is not None:
+        _compare_with_index(index, names)
     return sorted(names)
 
 
@@ -145,30 +156,30 @@ def listing(names: list[str] | set[str]) -> str:
     return ", ".join(ordered[:_SHOWN]) + more
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    index = read_json(folder / INDEX)
-    found = index.get("weight_map")
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise FormatError(f"{folder / INDEX} has no weight_map; fetch it again")
+        raise FormatError(f"{index} has no weight_map; fetch it again")
     for name in set(map(str, found.values())):
         # A shard is a file of this folder: a path could name any file of the machine.
         if not name.endswith(".safetensors") or name != Path(name).name or "\\" in name:
             raise FormatError(
-                f"{folder / INDEX} names the shard {name!r}; wanted a plain file name ending in "
-                ".safetensors"
+                f"{index} names the shard {name!r}; wanted a plain file name ending in .safetensors"
             )
-        if not (folder / name).is_file():
-            raise FormatError(f"{folder / name} is missing, but the index names it; fetch it again")
+        if not (index.parent / name).is_file():
+            raise FormatError(
+                f"{index.parent / name} is missing, but the index names it; fetch it again"
+            )
     return {str(k): str(v) for k, v in found.items()}
 
 
-def _compare_with_index(folder: Path, names: dict[str, str]) -> None:
-    wanted = _weight_map(folder)
+def _compare_with_index(index: Path, names: dict[str, str]) -> None:
+    wanted = _weight_map(index)
     absent = {n for n, f in wanted.items() if names.get(n) != f}
     extra = set(names) - set(wanted)
     if absent or extra:
         raise FormatError(
-            f"{folder / INDEX} and the shards disagree: "
+            f"{index} and the shards disagree: "
             f"missing tensors [{listing(absent)}], unexpected tensors [{listing(extra)}]; "
             "fetch the checkpoint again"
         )
