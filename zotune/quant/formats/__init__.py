@@ -33,7 +33,8 @@ and, if they go by a table, an entry in `zotune.quant.codebooks`.
 Formats of other files (one GGUF file, an ONNX graph) implement `Format` themselves: `read` leaves a
 `Source` on the model (`set_source_`, origin.py) and a `Layout` on each layer's `storage`; `write`
 gets the model back. One whose files also hold config and tokenizer is `SelfContained`; its "folder"
-may be the file itself.
+may be the file itself. Where another engine runs the model there are no layers: a `Graph`
+(quant/graph.py) holds the tensors and says what each is (onnx_graph.py).
 
 `tunable` names the spaces whose blocks the format keeps: scales, zeros, codes of quantized layers;
 norms, biases, weights (every float tensor, embeddings among them). Adapters lie in a folder beside
