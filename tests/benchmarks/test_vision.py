@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.vision import CONTENDERS, TARGET, Outcome, options, rows_of
+from benchmarks.vision import CONTENDERS, TARGET, Outcome, options, rows_of, steps_of
 
 
 def test_forward_only_rows_have_the_target_and_backprop_has_none() -> None:
@@ -18,5 +18,10 @@ def test_forward_only_rows_have_the_target_and_backprop_has_none() -> None:
 
 
 def test_backprop_is_in_the_same_table_at_a_third_of_the_steps() -> None:
-    steps = {c.method: c.steps(300) for c in CONTENDERS if c.method == "adamw"}
-    assert steps == {"adamw": 100}
+    given = options(["--budget", "300", "--batch", "100"])
+    assert {steps_of(c, given) for c in CONTENDERS if c.method == "adamw"} == {100}
+
+
+def test_what_is_looked_at_first_is_paid_for() -> None:
+    given = options(["--budget", "300", "--batch", "100"])
+    assert steps_of(CONTENDERS[0], given) == 300 - 40 - 8
