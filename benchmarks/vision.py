@@ -30,6 +30,7 @@ if not __package__:
 from benchmarks.cifar_resnet import convert
 from benchmarks.frontier import Contender
 from benchmarks.harness import Row, begin, parser, report
+from zotune.core.spaces.head import CLASS_EXAMPLES
 
 TARGET = 3.0  # points above the model as it came
 GAINS = "norms(pattern='weight')"
@@ -79,7 +80,7 @@ class Problem:
         from zotune.training import TrainConfig, train
         from zotune.training.report import read_metrics
 
-        given, steps = self.given, max(6, contender.steps(self.given.budget) // share)
+        given, steps = self.given, max(6, steps_of(contender, self.given) // share)
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig(
                 model_name_or_path=str(self.folder), output_dir=out, seed=seed,
@@ -155,12 +156,21 @@ def main(words: Sequence[str] | None = None) -> None:
             report(f"vision-{given.scheme}", rows, given, contenders=details)
 
 
+def steps_of(contender: Contender, given: argparse.Namespace) -> int:
+    """How many steps the budget buys, behind the pictures that are looked at first."""
+    looked = CLASS_EXAMPLES // given.batch if "classes" in contender.space else 0
+    if contender.method == "auto":  # nine probes of each of eight batches, in one pass or each
+        looked += 8 if contender.passes == 1 else 72
+    each = contender.passes or (3 if contender.method == "adamw" else 2)
+    return max(6, (given.budget - looked) // each)
+
+
 def rows_of(
     contender: Contender, rate: float | None, found: list[Outcome], given: argparse.Namespace
 ) -> list[Row]:
     """Accuracy after the run, with the target for what runs forward only."""
     before, after = found[0].before, [o.after for o in found]
-    trained = f"{contender.name}, {contender.steps(given.budget)} steps"
+    trained = f"{contender.name}, {steps_of(contender, given)} steps"
     base = f"before: {before:.2f} %; lr {'measured' if rate is None else rate}"
     target = None if contender.method == "adamw" else before + TARGET
     rows = [Row(trained, mean(after), "%", base, target, at_least=True)]
