@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-
 from zotune import methods
 from zotune.core.calls import nearest, split_calls
 from zotune.core.estimator import PerExample
@@ -20,13 +19,19 @@ from zotune.errors import BadInput
 FIXED = 2  # queries outside the steps: the original, and what the last step has made of it
 NAMES = {"zo_sgd": "mezo"}
 """What attacks call a method, where that is not its paper's name."""
-REACH = {
-    "zoqo": {"eps": 2.0, "lr": 2.0},
-    "zo_sign": {"eps": 1.0, "lr": 0.5},
-    "zo_adam": {"eps": 1.0, "lr": 0.5},
-    "mezo": {"eps": 1.0, "lr": 8.0},
-}
-"""Defaults of eps and lr, in shares of how far the budget lets a number go."""
+
+
+def reach(name: str, level: float) -> dict[str, float]:
+    """Defaults of eps and lr, in grid levels, where the budget lets a number go `level` far.
+
+    zoqo's and zo-sign's reach from one end of the budget to the other, so that a step lands where
+    the better probe was. A plain SGD's lr is in levels^2 per unit of margin.
+    """
+    known = {
+        "zoqo": (2 * level, 2 * level), "zo_sign": (2 * level, 2 * level),
+        "zo_adam": (level, level / 2), "mezo": (level, 16 * level**2),
+    }  # fmt: skip
+    return dict(zip(("eps", "lr"), known[name], strict=True)) if name in known else {}
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,8 @@ class AttackConfig:
                 "one for each; use zoqo, zo-sign, zo-adam or zo-sgd"
             )
         level = self.budget_for(shape).level(math.prod(shape))
-        reach = {k: v * level for k, v in REACH.get(name, {}).items()}
-        found = methods.get(name, **{**reach, "directions": "example", **given})
+        chosen = {**reach(name, level), "directions": "example", **given}
+        found = methods.get(name, **chosen)
         if not isinstance(found, Method) or not isinstance(found.estimator, PerExample):
             raise BadInput(f"method {self.method!r} has no direction for each image")
         return found.but(perturbation=PerImage(patterned(self.pattern, found.perturbation)))

@@ -65,18 +65,23 @@ class Square(Perturbation):
     """
 
     law: Perturbation = field(default_factory=Gaussian)
-    share: float = 0.05
+    share: float = 0.1
+    halving: int = 64
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise BadInput(f"a window of share={self.share}; want 0 < share <= 1")
+        if not (0 < self.share <= 1 and self.halving >= 1):
+            raise BadInput(
+                f"a window of share={self.share}, halving={self.halving}; want 0 < share <= 1, "
+                "halving >= 1"
+            )
 
     def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
         return self.draw_lanes([key], block)[0][start:stop]
 
     def draw_lanes(self, keys: Sequence[Key], block: Block) -> Tensor:
         channels, height, width = block.shape
-        side = max(1, min(height, width, round((self.share * height * width) ** 0.5)))
+        area = height * width * self.share * 0.5 ** (keys[0].step / self.halving)
+        side = max(1, min(height, width, round(area**0.5)))
         zeros = [0] * len(keys)
         name = f"{block.name}#window"
         chance = noise.draw_rows("uniform", keys, name, zeros, 2, block.device) * 0.5 + 0.5
