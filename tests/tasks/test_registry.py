@@ -14,13 +14,13 @@ def test_every_name_is_listed_and_described() -> None:
     expected = {
         "sst2", "sst5", "mr", "trec", "rte", "cb", "boolq", "copa", "wic", "wsc", "multirc",
         "snli", "mnli", "squad", "wikitext2", "tickets", "tinystories", "ag_news",
-        "classification", "choice", "sft", "lm", "qa",
+        "classification", "choice", "sft", "lm", "qa", "images", "digits", "mnist", "cifar10",
     }  # fmt: skip
     assert set(tasks.names()) == expected
     for name in tasks.names():
         entry = tasks.entry(name)
         assert entry.summary
-        assert "max_length" in entry.options
+        assert {"max_length", "size"} & set(entry.options)
 
 
 def test_unknown_names_and_options_offer_the_nearest() -> None:

@@ -59,7 +59,7 @@ def quantize_model(
         dtype: of the tensors that stay float.
         trust_remote_code: let Python files of the checkpoint run.
     """
-    from zotune.quant import QuantLinear
+    from zotune.quant import QuantLayer
     from zotune.training import load_model, write_model
 
     _need(model_name_or_path, output_dir)
@@ -75,7 +75,7 @@ def quantize_model(
         **chosen,
     )
     write_model(loaded.model, folder, loaded)
-    layers = [m for m in loaded.model.modules() if isinstance(m, QuantLinear)]
+    layers = [m for m in loaded.model.modules() if isinstance(m, QuantLayer)]
     size = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
     return {"out": str(folder), "scheme": scheme, "layers": len(layers), "bytes": size}
 

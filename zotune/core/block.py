@@ -20,7 +20,7 @@ from zotune.core import noise
 from zotune.core.codes import shifted, stepped
 from zotune.core.noise import Key
 from zotune.errors import BadInput
-from zotune.quant.linear import QuantLinear
+from zotune.quant.layer import QuantLayer
 from zotune.quant.packing import pack, unpack
 
 
@@ -220,7 +220,7 @@ def _round_to(value: Tensor, dtype: torch.dtype, key: Key, name: str, start: int
 
 @dataclass
 class CodeBlock(Block):
-    """The integer codes of a `QuantLinear`, moved by whole codes and clamped to their range.
+    """The integer codes of a quantized layer, moved by whole codes and clamped to their range.
 
     Coordinates are codes: a displacement of 1 is one grid step. Whole displacements stay int8,
     so that integer kernels run; others are seen as fractional codes. `moved` counts the codes that
@@ -232,19 +232,19 @@ class CodeBlock(Block):
     @classmethod
     def of(cls, name: str, owner: Owner, **options: Any) -> CodeBlock:
         module = owner.module
-        assert isinstance(module, QuantLinear)
+        assert isinstance(module, QuantLayer)
         if module.scheme.kind != "int":
             raise BadInput(
                 f"codes of {owner.path!r} are floats ({module.scheme}), which do not move by whole "
                 "steps; tune its scales"
             )
-        shape = (module.out_features, module.in_features)
+        shape = (module.rows, module.columns)
         return cls(name, shape, module.codes.device, (owner,), **options)
 
     @property
-    def module(self) -> QuantLinear:
+    def module(self) -> QuantLayer:
         module = self.owners[0].module
-        assert isinstance(module, QuantLinear)
+        assert isinstance(module, QuantLayer)
         return module
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.core import forwards as _forwards  # registers the fast probed forwards
+from zotune.core import image_forwards as _image_forwards
 from zotune.core.exact import LastLayers
 from zotune.core.perturbation import Perturbation
 from zotune.core.prefix import sharing, site_free
@@ -18,10 +19,11 @@ from zotune.core.probe import Losses, Probe
 from zotune.core.sites import StackingError, View, observing, probing, sites_of
 from zotune.core.space import Space
 from zotune.errors import BadInput
-from zotune.quant.linear import QuantLinear
+from zotune.quant.layer import QuantLayer
 from zotune.tasks.batch import Batch
 
 assert _forwards
+assert _image_forwards
 
 CHECKED = 4  # examples that `check` looks at, with one pair of probes
 
@@ -221,7 +223,7 @@ def _spread(losses: Tensor) -> float:
 def _rounding(model: nn.Module) -> float:
     """How far two ways to compute the same differences of losses may lie apart, as a share."""
     exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
-    return 2e-3 if exact and not any(isinstance(m, QuantLinear) for m in model.modules()) else 0.1
+    return 2e-3 if exact and not any(isinstance(m, QuantLayer) for m in model.modules()) else 0.1
 
 
 def _groups(probes: Sequence[Probe], stack: int | None) -> list[Sequence[Probe]]:

@@ -12,6 +12,7 @@ from zotune.core.block import Block, FloatBlock
 from zotune.core.sites import Part, Site, View, probed, rows_per_part
 from zotune.models.adapter import LowRank
 from zotune.quant import kernels
+from zotune.quant.layer import QuantLayer
 from zotune.quant.linear import QuantLinear
 
 _SMALL = 1 << 22  # elements of all parts' values at once, beyond which slices are cheaper
@@ -55,7 +56,7 @@ def _sliceable(site: Site, x: Tensor) -> bool:
     )
 
 
-def _too_large(view: View, site: Site) -> bool:
+def too_large(view: View, site: Site) -> bool:
     return len(view.parts) * max(b.numel for b in site.blocks.values()) > _SMALL
 
 
@@ -85,7 +86,7 @@ def low_rank(site: Site, view: View, x: Tensor) -> Any:
     module = site.module
     assert isinstance(module, LowRank)
     each = rows_per_part(site, view, len(x))
-    if not each or _too_large(view, site):
+    if not each or too_large(view, site):
         return NotImplemented
     if "A" in site.blocks:
         hidden = by_part(view, x, each) @ values(view, site.blocks["A"]).to(x.dtype).mT
@@ -109,7 +110,7 @@ def linear(site: Site, view: View, x: Tensor) -> Any:
         return NotImplemented
     parts = by_part(view, x, each)
     factors = _factors(view, site.blocks.get("weight"))
-    if factors is None and (not view.lanes or _too_large(view, site)):
+    if factors is None and (not view.lanes or too_large(view, site)):
         return _linear_parts(site, view, x, each)
     if factors is not None:
         left, right, steps = factors
@@ -204,13 +205,18 @@ def quant_linear(site: Site, view: View, x: Tensor) -> Any:
     each = rows_per_part(site, view, len(x))
     if not each:
         return NotImplemented
-    if set(site.blocks) != {"scale"} or module.zero is not None or module.scale.shape[1] != 1:
+    if not scaled_outputs(site, module):
         return _quant_parts(site, view, x, each)
     scale = values(view, site.blocks["scale"]).mT  # (parts, 1, out or 1)
-    out = by_part(view, _times_codes(x, module), each) * scale
+    out = by_part(view, module.unscaled(x), each) * scale
     if module.bias is not None:
         out = out + module.bias
     return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def scaled_outputs(site: Site, module: QuantLayer) -> bool:
+    """Whether parts differ in nothing but factors of the layer's outputs."""
+    return set(site.blocks) == {"scale"} and module.zero is None and module.scale.shape[1] == 1
 
 
 def _quant_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
@@ -234,15 +240,3 @@ def _quant_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
     inputs = by_part(view, module.inputs(x), each)
     out = parts.linear(inputs, points, module.out_features, module.scheme, module.compute_dtype)
     return out.view(*x.shape[:-1], -1)
-
-
-def _times_codes(x: Tensor, module: QuantLinear) -> Tensor:
-    """x @ codes^T in float32 (times the activations' own scales), before any weight scale."""
-    codes, x = module.unpacked(), module.inputs(x)
-    if module.scheme.integer_inputs and codes.dtype == torch.int8:
-        product, x_scale = kernels.int8_product(x.reshape(-1, x.shape[-1]), codes)
-        return product * x_scale
-    dtype = module.compute_dtype or x.dtype
-    if dtype == torch.float16:
-        dtype = torch.float32  # whole codes would take the sums beyond 65504
-    return F.linear(x.to(dtype), codes.to(dtype)).float()

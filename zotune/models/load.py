@@ -13,10 +13,10 @@ from torch import nn
 from zotune.errors import BadInput, FormatError
 from zotune.models.encoder import HEAD_KEY, PooledClassifier, read_head
 from zotune.models.tokenizer import load_tokenizer, with_padding
-from zotune.quant import QuantLinear, Scheme, formats, quantize_model_
+from zotune.quant import QuantLayer, Scheme, formats, quantize_model_
 from zotune.quant.formats.tensors import read_json
 
-KINDS: Final = ("causal", "encoder", "classifier")
+KINDS: Final = ("causal", "encoder", "classifier", "vision")
 DTYPES: Final = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -32,7 +32,7 @@ class Loaded:
     Attributes:
         model: in eval mode.
         tokenizer: None if the folder has none.
-        kind: "causal", "encoder" or "classifier".
+        kind: "causal", "encoder", "classifier" (of texts) or "vision" (a classifier of images).
         path: the local folder, or the file that is all of it; pass it as `source` when writing.
         config: the transformers configuration.
         format: name of the checkpoint's format.
@@ -61,7 +61,7 @@ def load(
 
     Args:
         path: a local folder, a .gguf file, or a hub id such as "org/name".
-        kind: "causal", "encoder", "classifier", or "auto" to tell from the config. A folder written
+        kind: one of `KINDS`, or "auto" to tell from the config. A folder written
             from a `PooledClassifier` loads as one, of kind "classifier"; with kind="encoder" the
             encoder alone.
         dtype: of float tensors: "float32", "bfloat16", "float16", or "auto": what is stored for
@@ -100,11 +100,11 @@ def load(
     inner_config = model.config
     if pooled:
         model = PooledClassifier(model, *read_head(folder))
-    tokenizer = (
-        with_padding(whole.tokenizer(folder), folder)
-        if whole
-        else load_tokenizer(folder, trust_remote_code)
-    )
+    tokenizer = None
+    if whole:
+        tokenizer = with_padding(whole.tokenizer(folder), folder)
+    elif resolved != "vision":
+        tokenizer = load_tokenizer(folder, trust_remote_code)
     return Loaded(model.to(device).eval(), tokenizer, resolved, folder, inner_config, found)
 
 
@@ -172,11 +172,15 @@ def resolve_kind(config: dict[str, Any], kind: str, folder: Path) -> str:
     names = config.get("architectures") or [""]
     if HEAD_KEY in config or names[0].endswith("ForSequenceClassification"):
         return "classifier"
+    if names[0].endswith("ForImageClassification") or "pretrained_cfg" in config:  # timm's
+        return "vision"
     if names[0].endswith(("ForCausalLM", "LMHeadModel")):
         return "causal"
     from transformers.models.auto import modeling_auto as auto
 
     model_type = config.get("model_type")
+    if model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return "vision"
     if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "encoder"
     if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -188,7 +192,7 @@ def resolve_kind(config: dict[str, Any], kind: str, folder: Path) -> str:
 
 
 def set_compute_dtype_(model: nn.Module, compute_dtype: str | torch.dtype = "auto") -> None:
-    """Set the dtype in which QuantLinear layers multiply.
+    """Set the dtype in which quantized layers multiply.
 
     "auto" is bfloat16 where the CPU has instructions for it, else the input's dtype.
 
@@ -200,7 +204,7 @@ def set_compute_dtype_(model: nn.Module, compute_dtype: str | torch.dtype = "aut
     else:
         chosen = parse_dtype(compute_dtype)
     for module in model.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLayer):
             module.compute_dtype = chosen
 
 
@@ -236,6 +240,10 @@ def _resolve_dtype(
 def _auto_class(kind: str) -> Any:
     import transformers
 
+    if kind == "vision":
+        import zotune.models.cifar_resnet  # noqa: F401 - known to the Auto classes from now on
+
+        return transformers.AutoModelForImageClassification
     return {
         "causal": transformers.AutoModelForCausalLM,
         "encoder": transformers.AutoModel,

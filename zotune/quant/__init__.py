@@ -1,10 +1,15 @@
-"""Quantized weights: grids, packing, the linear layer, its kernels and checkpoint formats."""
+"""Quantized weights: grids, packing, layers, their kernels and checkpoint formats."""
 
 from __future__ import annotations
 
 from zotune.quant.affine import Scheme, dequantize, quantize
+from zotune.quant.conv import QuantConv2d
+from zotune.quant.layer import QuantLayer
 from zotune.quant.linear import QuantLinear
 from zotune.quant.model import quantize_model_
 from zotune.quant.packing import pack, unpack
 
-__all__ = ["QuantLinear", "Scheme", "dequantize", "pack", "quantize", "quantize_model_", "unpack"]
+__all__ = [
+    "QuantConv2d", "QuantLayer", "QuantLinear", "Scheme", "dequantize", "pack", "quantize",
+    "quantize_model_", "unpack",
+]  # fmt: skip

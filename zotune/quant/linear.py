@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from zotune.errors import BadInput
 from zotune.quant import affine, kernels
 from zotune.quant.affine import Scheme
-from zotune.quant.codebooks import look_up
-from zotune.quant.packing import pack, packed_columns, unpack
+from zotune.quant.layer import QuantLayer
 
 
 class Conv1DLike(Protocol):
@@ -24,24 +22,14 @@ class Conv1DLike(Protocol):
     bias: Tensor
 
 
-class Storage(Protocol):
-    """How a layer lies in a checkpoint, as far as the layer must know."""
-
-    def rounded(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero, float32, as they come back from the checkpoint."""
-
-
-class QuantLinear(nn.Module):
+class QuantLinear(QuantLayer):
     """y = x @ ((codes - zero) * scale).T + bias, with the weight kept as codes.
 
     A new layer holds nothing useful: use `from_linear`, `set_codes_` or a checkpoint.
 
-    Buffers: `codes` (uint8 packed (out, bytes) below 8 bits, else int8 or float8 (out, in)),
-    `scale` float32 (out, groups), (out, 1) or (1, 1), `zero` like scale or None. `order` int32
+    Tensors as in `QuantLayer`, with rows = out_features and columns = in_features. `order` int32
     (in,), or None: the input column that each column of codes belongs to, so that columns of a
-    group lie side by side (GPTQ's act-order). `bias` is a parameter (out,) or None. While a forward
-    runs, `codes` may be replaced by a tensor of any dtype but uint8, shaped (out, in): one number
-    per weight, fractions included.
+    group lie side by side (GPTQ's act-order).
 
     Args:
         in_features, out_features: sizes of the layer.
@@ -57,11 +45,7 @@ class QuantLinear(nn.Module):
     (torch.Size([2, 4]), torch.Size([4, 2]))
     """
 
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
     order: Tensor | None
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -75,25 +59,10 @@ class QuantLinear(nn.Module):
         device: str | torch.device = "cpu",
         ordered: bool = False,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        # Dtype of the product; None: the input's.
-        self.compute_dtype: torch.dtype | None = None
-        # What a saved checkpoint holds: dtype of scale and zero, or all that `storage` knows.
-        self.scale_dtype: torch.dtype = torch.float32
-        self.storage: Storage | None = None
-        shape = scheme.scale_shape(out_features, in_features)
-        width = packed_columns(scheme.bits, in_features)
-        codes = torch.zeros(out_features, width, dtype=scheme.stored, device=device)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", torch.full(shape, affine.EMPTY_SCALE, device=device))
-        zero = None if scheme.symmetric else torch.zeros(shape, device=device)
-        self.register_buffer("zero", zero)
+        super().__init__(in_features, out_features, scheme, bias=bias, dtype=dtype, device=device)
+        self.in_features, self.out_features = in_features, out_features
         columns = torch.arange(in_features, dtype=torch.int32, device=device)
         self.register_buffer("order", columns if ordered else None)
-        self.bias = None
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
 
     @classmethod
     def from_linear(
@@ -104,16 +73,17 @@ class QuantLinear(nn.Module):
         Raises:
             BadInput: if the layer's weight cannot take the scheme; the message names the layer.
         """
-        name = name or type(module).__name__
-        weight = module.weight.detach()
-        if is_conv1d(module):
-            weight = weight.t()
-        codes, scale, zero = affine.quantize(weight, scheme, name)
-        rows, columns = codes.shape
-        layer = cls(columns, rows, scheme, bias=False, name=name, device="meta")
-        layer.codes, layer.scale, layer.zero = pack(codes, scheme.bits), scale, zero
-        layer.bias = module.bias  # type: ignore[assignment]
+        layer = cls.like(module, scheme)
+        weight = module.weight.detach().t() if is_conv1d(module) else module.weight.detach()
+        bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
+        layer.take_(weight, bias, name or type(module).__name__)
         return layer.train(module.training)  # type: ignore[union-attr]
+
+    @classmethod
+    def like(cls, module: nn.Linear | Conv1DLike, scheme: Scheme) -> QuantLinear:
+        """A layer of the same sizes, its tensors on the meta device."""
+        rows, columns = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
+        return cls(columns, rows, scheme, bias=module.bias is not None, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype."""
@@ -133,13 +103,6 @@ class QuantLinear(nn.Module):
             x = x.index_select(-1, self.order)
         return kernels.fake_quantize_float(x) if self.scheme.float_inputs else x
 
-    def unpacked(self) -> Tensor:
-        """Codes (out, in), one number per weight; a copy only where they are packed."""
-        if self.codes.dtype != torch.uint8:
-            return self.codes
-        codes = unpack(self.codes, self.scheme.bits, self.in_features)
-        return look_up(codes, self.scheme.kind, self.scheme.bits)
-
     def dequantize(self) -> Tensor:
         """The float32 weight (out, in), columns in the order of the inputs."""
         codes, group_size = self.unpacked(), self.scheme.group_size
@@ -148,63 +111,20 @@ class QuantLinear(nn.Module):
             return weight
         return torch.empty_like(weight).index_copy_(1, self.order.long(), weight)
 
-    def set_codes_(self, codes: Tensor) -> None:
-        """Write int8 codes (out, in) into the existing storage.
-
-        Raises:
-            BadInput: for another shape or dtype, or codes outside the grid.
-        """
-        wanted = (self.out_features, self.in_features)
-        if tuple(codes.shape) != wanted:
-            raise BadInput(f"codes have shape {tuple(codes.shape)}; this layer wants {wanted}")
-        self.codes.copy_(pack(codes, self.scheme.bits))
-
-    @property
-    def grid(self) -> Tensor:
-        """Weight per code, broadcastable to (out, in)."""
-        return affine.per_weight(self.scale, self.in_features, self.scheme.group_size)
-
-    @property
-    def zero_unit(self) -> Tensor | float:
-        """The natural size of a change of `zero`: one code."""
-        return 1.0
-
-    def round_to_storage_(self) -> None:
-        """Round scale and zero to what a checkpoint will hold, in place."""
-        if self.storage is not None:
-            scale, zero = self.storage.rounded(self.scale, self.zero)
-        else:
-            scale = self.scale.to(self.scale_dtype)
-            zero = None if self.zero is None else self.zero.to(self.scale_dtype)
-        self.scale.copy_(scale)
-        if self.zero is not None and zero is not None:
-            self.zero.copy_(zero)
+    def unscaled(self, x: Tensor) -> Tensor:
+        """x @ codes^T in float32 (times the activations' own scales)."""
+        codes, x = self.unpacked(), self.inputs(x)
+        if self.scheme.integer_inputs and codes.dtype == torch.int8:
+            product, x_scale = kernels.int8_product(x.reshape(-1, x.shape[-1]), codes)
+            return (product * x_scale).view(*x.shape[:-1], -1)
+        dtype = kernels.code_dtype(self.compute_dtype or x.dtype)
+        return F.linear(x.to(dtype), codes.to(dtype)).float()
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"scheme={self.scheme}, bias={self.bias is not None}"
         )
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
-        """Move with the model but stay float32: `.to(bfloat16)` must not round a scale."""
-        kept = {name: getattr(self, name) for name in ("scale", "zero")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, values in kept.items():
-            moved = getattr(self, name)
-            if moved is not None and moved.dtype != values.dtype:
-                setattr(self, name, values.to(moved.device))
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Refuse a state of another bit width before copying anything."""
-        codes = state_dict.get(prefix + "codes")
-        wanted = (self.out_features, packed_columns(self.scheme.bits, self.in_features))
-        if codes is not None and tuple(codes.shape) != wanted:
-            raise BadInput(
-                f"{prefix}codes has shape {tuple(codes.shape)}; scheme {self.scheme} wants {wanted}"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def is_conv1d(module: object) -> bool:

@@ -1,4 +1,4 @@
-"""Replace the linear layers of a model by quantized ones."""
+"""Replace the linear layers and convolutions of a model by quantized ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import nn
 
 from zotune.errors import BadInput
 from zotune.quant.affine import Scheme
+from zotune.quant.conv import QuantConv2d
+from zotune.quant.layer import QuantLayer
 from zotune.quant.linear import QuantLinear, is_conv1d
 
 DEFAULT_EXCLUDE = ("lm_head",)
@@ -17,7 +19,7 @@ DEFAULT_EXCLUDE = ("lm_head",)
 def quantize_model_(
     model: nn.Module, scheme: Scheme | str, exclude: Sequence[str] = DEFAULT_EXCLUDE
 ) -> list[str]:
-    """Replace every linear layer (nn.Linear, transformers' Conv1D) by a QuantLinear, in place.
+    """Replace every nn.Linear, nn.Conv2d and transformers' Conv1D by its quantized layer, in place.
 
     Layers whose weight is shared with another module, such as a head tied to the embedding, stay
     as they are. All layers are checked before the first is replaced.
@@ -42,30 +44,44 @@ def quantize_model_(
     shared = shared_weights(model)
     chosen = [
         (name, module)
-        for name, module in float_linears(model)
+        for name, module in float_layers(model)
         if id(module.weight) not in shared and not excluded(name, exclude)
     ]
     if not chosen:
         raise BadInput(
-            f"no layer to quantize in {type(model).__name__}: it has no linear layer outside "
-            f"exclude={tuple(exclude)} with a weight of its own"
+            f"no layer to quantize in {type(model).__name__}: it has no linear layer or "
+            f"convolution outside exclude={tuple(exclude)} with a weight of its own"
         )
     for name, module in chosen:
-        columns = module.weight.shape[0 if is_conv1d(module) else 1]
-        scheme.check_divides(int(columns), name)
+        scheme.check_divides(empty_twin(module, scheme).columns, name)
     for name, module in chosen:
-        replace_(model, name, QuantLinear.from_linear(module, scheme, name))
+        replace_(model, name, quantized_twin(module, scheme, name))
     return [name for name, _ in chosen]
 
 
-def float_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def float_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     """Names and modules of the layers that `quantize_model_` considers.
 
-    Only exact nn.Linear (and Conv1D) count: a subclass may read `weight` in ways of its own.
+    Only exact nn.Linear and nn.Conv2d (and Conv1D) count: a subclass may read `weight` in ways of
+    its own.
     """
     for name, module in model.named_modules():
-        if type(module) is nn.Linear or is_conv1d(module):
+        if type(module) in (nn.Linear, nn.Conv2d) or is_conv1d(module):
             yield name, module
+
+
+def empty_twin(module: nn.Linear | nn.Conv2d, scheme: Scheme) -> QuantLayer:
+    """The quantized layer for a float one, its tensors on the meta device."""
+    if isinstance(module, nn.Conv2d):
+        return QuantConv2d.like(module, scheme)
+    return QuantLinear.like(module, scheme)
+
+
+def quantized_twin(module: nn.Linear | nn.Conv2d, scheme: Scheme, name: str) -> QuantLayer:
+    """The quantized layer with the nearest codes of a float one."""
+    if isinstance(module, nn.Conv2d):
+        return QuantConv2d.from_conv(module, scheme, name)
+    return QuantLinear.from_linear(module, scheme, name)
 
 
 def replace_(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from zotune.tasks import choice as _choice
 from zotune.tasks import classification as _classification
 from zotune.tasks import lm as _lm
 from zotune.tasks import named as _named
+from zotune.tasks import picture_sets as _picture_sets
 from zotune.tasks import qa as _qa
 from zotune.tasks import sft as _sft
 from zotune.tasks.batch import Batch, pad_stack
@@ -25,6 +26,7 @@ from zotune.tasks.lm import LanguageModel
 from zotune.tasks.qa import QuestionAnswering
 from zotune.tasks.sft import SFT
 from zotune.tasks.task import Entry, Example, Task, batch_loss, entry, get, names, register
+from zotune.tasks.vision import ImageClassification
 
 register("classification", _classification.classification, "your own rows (text, label)")
 register("choice", _choice.choice, "choose among a row's own answers (prompt, choices, label)")
@@ -32,6 +34,7 @@ register("qa", _qa.qa, "answer questions about contexts (context, question, answ
 register("lm", _lm.lm, "language modelling of plain text, metric perplexity")
 register("sft", _sft.sft, "prompt and completion, or messages; loss on the answers only")
 _named.register_all()
+_picture_sets.register_all()
 
 __all__ = [
     "SFT",
@@ -41,6 +44,7 @@ __all__ = [
     "Entry",
     "Example",
     "FunctionTask",
+    "ImageClassification",
     "LanguageModel",
     "QuestionAnswering",
     "Task",

@@ -20,6 +20,9 @@ from zotune.tasks.batch import Batch
 if TYPE_CHECKING:
     from zotune.models import Loaded
 
+Draw = Callable[[str, int], Tensor]
+"""Numbers for a step: a name and a count to float32 in [0, 1), the same whenever they are drawn."""
+
 Example = dict[str, Any]
 """One row of data, fields already checked; classification rows hold `label` as an int."""
 
@@ -65,6 +68,10 @@ class Task(ABC):
     @abstractmethod
     def collate(self, features: Sequence[Any]) -> Batch:
         """Pad encoded examples into one batch."""
+
+    def varied(self, batch: Batch, draw: Draw) -> Batch:
+        """A training batch as one step sees it: augmented, where a task does so."""
+        return batch
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from zotune.core import secret
+from zotune.core import noise, secret
+from zotune.core.noise import Key
 from zotune.errors import BadInput, DataError
 from zotune.tasks.batch import Batch
-from zotune.tasks.task import Task
+from zotune.tasks.task import Draw, Task
 
 log = logging.getLogger("zotune")
 _KEPT = 1 << 13  # encoded examples kept in memory; larger data sets are encoded again when drawn
@@ -56,8 +59,8 @@ class AbstractBatches(ABC):
     def __getitem__(self, step: int) -> Batch | Sequence[Batch]:
         """The batch of a step, whole or in pieces to be run one by one."""
 
-    def _collated(self, chosen: Sequence[int]) -> Batch:
-        return self.task.collate([self._encoded(i) for i in chosen])
+    def _collated(self, chosen: Sequence[int], draw: Draw) -> Batch:
+        return self.task.varied(self.task.collate([self._encoded(i) for i in chosen]), draw)
 
     def _encoded(self, index: int) -> Any:
         if index not in self._features:
@@ -81,7 +84,13 @@ class Batches(AbstractBatches):
             )
 
     def __getitem__(self, step: int) -> Batch:
-        return self._collated(indices(self.seed, step, self.size, len(self.examples)))
+        chosen = indices(self.seed, step, self.size, len(self.examples))
+        return self._collated(chosen, partial(_drawn, Key(self.seed, step=step)))
+
+
+def _drawn(key: Key, name: str, count: int) -> Tensor:
+    """Numbers in [0, 1) that depend on seed and step alone; no block has such a name."""
+    return noise.draw("uniform", key, f"#{name}", 0, count).mul_(0.5).add_(0.5)
 
 
 class PoissonBatches(AbstractBatches):
@@ -107,7 +116,14 @@ class PoissonBatches(AbstractBatches):
 
     def __getitem__(self, step: int) -> list[Batch]:
         chosen, size = poisson(self.size, len(self.examples)), self.together
-        return [self._collated(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        pieces = (chosen[i : i + size] for i in range(0, len(chosen), size))
+        return [self._collated(piece, _secretly_drawn) for piece in pieces]
+
+
+def _secretly_drawn(name: str, count: int) -> Tensor:
+    """Numbers in [0, 1) that do not come again."""
+    words = np.frombuffer(secret.entropy(4 * count), np.uint32) >> np.uint32(8)
+    return torch.from_numpy(words.astype(np.float32) / (1 << 24))
 
 
 def poisson(expected: int, count: int) -> list[int]:

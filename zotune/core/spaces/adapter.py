@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from zotune.core import noise
 from zotune.core.block import FloatBlock, Owner
 from zotune.core.noise import Key
-from zotune.core.space import Observe, Space, SpaceSpec, matching
-from zotune.core.spaces.lora import sizes
-from zotune.core.spaces.parameters import body_adapters, heads
+from zotune.core.space import Observe, Space, SpaceSpec
+from zotune.core.spaces.lora import body_linears, sizes
+from zotune.core.spaces.parameters import body_adapters
 from zotune.errors import BadInput
 from zotune.models.adapter import CHILD, LowRank, attach, device_of
-from zotune.models.linears import linears
 
 _SKETCH = 8  # directions kept beyond the rank while batches stream by
 _SWEEPS = 3  # power iterations per batch
@@ -50,10 +49,8 @@ class Adapter(SpaceSpec):
             return self._kept(model, observe)
         if observe is None:
             raise BadInput("the 'adapter' space measures activations: it needs `observe`")
-        inside = heads(model)  # the output layer is a space of its own
-        layers = {p: m for p, m in linears(model) if id(m) not in inside}
-        wanted = matching(layers, self.targets)
-        watched = {p: _Watch(p, self.rank, m) for p, m in layers.items() if wanted(p)}
+        layers = body_linears(model, self.targets)
+        watched = {p: _Watch(p, self.rank, m) for p, m in layers.items()}
         with _watching(layers, watched):
             observe(model)
         blocks = []

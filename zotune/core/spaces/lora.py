@@ -39,12 +39,8 @@ class Lora(SpaceSpec):
         if self.rank < 1:
             raise BadInput(f"rank={self.rank}; want rank >= 1")
         if not body_adapters(model):
-            inside = heads(model)  # the output layer is a space of its own
-            layers = {p: m for p, m in linears(model) if id(m) not in inside}
-            wanted = matching(layers, self.targets)
-            for path, layer in layers.items():
-                if wanted(path):
-                    attach(layer, self._fresh(path, layer))
+            for path, layer in body_linears(model, self.targets).items():
+                attach(layer, self._fresh(path, layer))
         blocks = []
         for path, _, adapter in body_adapters(model):
             for attribute in ("B",) if self.freeze_a else ("A", "B"):
@@ -65,6 +61,20 @@ class Lora(SpaceSpec):
             torch.zeros(outputs, self.rank),
             self.alpha / self.rank,
         ).to(device_of(layer))
+
+
+def body_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Module]:
+    """The linear layers that adapters go on, by path: those that match, but for the output layer,
+    which is a space of its own. Raises BadInput where the model has none."""
+    inside = heads(model)
+    layers = {p: m for p, m in linears(model) if id(m) not in inside}
+    if not layers:
+        raise BadInput(
+            "adapters go on linear layers, and this model has none but its output layer; tune "
+            "'norms', 'scales', 'weights' or 'head'"
+        )
+    wanted = matching(layers, targets)
+    return {p: m for p, m in layers.items() if wanted(p)}
 
 
 def sizes(layer: nn.Module) -> tuple[int, int]:

@@ -74,8 +74,8 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def heads(model: nn.Module) -> set[int]:
-    """ids of the modules that make the output: a `head`, a classifier, or the output embedding."""
-    names = ("head", "score", "classifier", "qa_outputs")
+    """ids of the modules that make the output: a classifier by name, or the output embedding."""
+    names = ("head", "score", "classifier", "fc", "qa_outputs")
     found = {id(m) for n in names if isinstance(m := getattr(model, n, None), nn.Module)}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zotune.core.block import Block, CodeBlock, FloatBlock, Owner
 from zotune.core.space import Observe, Space, SpaceSpec, matching
 from zotune.errors import BadInput
-from zotune.quant.linear import QuantLinear
+from zotune.quant.layer import QuantLayer
 
 SMALLEST_SCALE = 1e-8
 
@@ -19,7 +19,7 @@ def quantized(model: nn.Module, attribute: str, pattern: str | None) -> list[Own
     found = {
         f"{path}.{attribute}": Owner(path, module, attribute)
         for path, module in model.named_modules()
-        if isinstance(module, QuantLinear) and getattr(module, attribute) is not None
+        if isinstance(module, QuantLayer) and getattr(module, attribute) is not None
     }
     if not found:
         raise BadInput(
@@ -31,7 +31,7 @@ def quantized(model: nn.Module, attribute: str, pattern: str | None) -> list[Own
 
 
 def _zero_unit(owner: Owner) -> Tensor | float:
-    assert isinstance(owner.module, QuantLinear)
+    assert isinstance(owner.module, QuantLayer)
     return owner.module.zero_unit
 
 

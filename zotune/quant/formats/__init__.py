@@ -61,7 +61,7 @@ from zotune.quant.formats.folder import copy_companions, replace_folder
 from zotune.quant.formats.origin import Source, round_to_storage_, set_source_, source_of
 from zotune.quant.formats.source import SourceFormat
 from zotune.quant.formats.tensors import quantization, read_json
-from zotune.quant.linear import QuantLinear
+from zotune.quant.layer import QuantLayer
 
 __all__ = [
     "Format", "SelfContained", "Source", "SourceFormat", "Wrapper", "detect", "formats", "read",
@@ -183,7 +183,7 @@ def write(
     """Save a model; the folder is replaced as a whole or, on any error, not at all.
 
     A model that was read from another program's checkpoint goes back into that format: the same
-    files, in which only what was tuned differs. Any other model with QuantLinear layers becomes a
+    files, in which only what was tuned differs. Any other model with quantized layers becomes a
     "zotune" folder, one without a plain safetensors one. Files of an old checkpoint in `folder`
     that the new one does not have stay, except weights.
 
@@ -202,7 +202,7 @@ def write(
     """
     inner = model.saved_model if isinstance(model, Wrapper) else model
     origin = source_of(inner)
-    quantized = any(isinstance(module, QuantLinear) for module in inner.modules())
+    quantized = any(isinstance(module, QuantLayer) for module in inner.modules())
     format = formats()[origin.format if origin else "zotune" if quantized else "float"]
     with replace_folder(Path(folder)) as fresh:
         format.write(inner, fresh)

@@ -1,4 +1,4 @@
-"""Format "zotune": a transformers folder whose linear layers hold codes and scales.
+"""Format "zotune": a transformers folder whose layers hold codes and scales.
 
 `config.json` carries
 `"quantization_config": {"quant_method": "zotune", "version": 1, "scheme": "int4-g64",
@@ -33,8 +33,8 @@ from zotune.quant.formats.tensors import (
     read_json,
     read_tensors,
 )
-from zotune.quant.linear import QuantLinear, is_conv1d
-from zotune.quant.model import replace_
+from zotune.quant.layer import QuantLayer
+from zotune.quant.model import empty_twin, float_layers, replace_
 
 log = logging.getLogger("zotune")
 VERSION: Final = 1
@@ -54,7 +54,7 @@ class NativeFormat:
     def read(
         self, folder: Path, auto: Any, dtype: torch.dtype | None, trust_remote_code: bool
     ) -> nn.Module:
-        """The model with QuantLinear layers; `dtype` None keeps float tensors as they are stored.
+        """The model with quantized layers; `dtype` None keeps float tensors as they are stored.
 
         Raises:
             FormatError: for a damaged file, an unknown version, or tensors that do not fit.
@@ -82,7 +82,7 @@ class NativeFormat:
             raise BadInput(
                 f"{type(model).__name__} has no config to save; give a transformers model"
             )
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
         record = _make_record(layers)
         config.save_pretrained(folder)
         generation = getattr(model, "generation_config", None)
@@ -119,7 +119,7 @@ def _read_record(folder: Path) -> tuple[dict[str, Scheme], torch.dtype]:
     return schemes, SCALE_DTYPES[record["scale_dtype"]]
 
 
-def _make_record(layers: dict[str, QuantLinear]) -> dict[str, Any]:
+def _make_record(layers: dict[str, QuantLayer]) -> dict[str, Any]:
     dtypes = {layer.scale_dtype for layer in layers.values()}
     if len(dtypes) != 1 or not dtypes <= set(SCALE_DTYPES.values()):
         raise BadInput(
@@ -142,25 +142,16 @@ def _make_record(layers: dict[str, QuantLinear]) -> dict[str, Any]:
 def _place_layers_(
     model: nn.Module, schemes: dict[str, Scheme], scale_dtype: torch.dtype, folder: Path
 ) -> None:
-    modules = dict(model.named_modules())
-    wrong = {
-        name
-        for name in schemes
-        if not (isinstance(modules.get(name), nn.Linear) or is_conv1d(modules.get(name)))
-    }
+    layers = dict(float_layers(model))
+    wrong = set(schemes) - set(layers)
     if wrong:
         raise FormatError(
             f"config.json of {folder} lists quantized modules that {type(model).__name__} does not "
-            f"have as linear layers: [{listing(wrong)}]"
+            f"have as linear layers or convolutions: [{listing(wrong)}]"
         )
     for name, scheme in schemes.items():
-        old = modules[name]
-        assert isinstance(old.weight, Tensor)
-        rows, columns = old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape
-        scheme.check_divides(columns, name)
-        layer = QuantLinear(
-            columns, rows, scheme, bias=old.bias is not None, name=name, device="meta"
-        )
+        layer = empty_twin(layers[name], scheme)
+        scheme.check_divides(layer.columns, name)
         layer.scale_dtype = scale_dtype
         replace_(model, name, layer)
 
@@ -189,7 +180,7 @@ def _in_memory(
     return found
 
 
-def _on_disk(model: nn.Module, layers: dict[str, QuantLinear]) -> dict[str, Tensor]:
+def _on_disk(model: nn.Module, layers: dict[str, QuantLayer]) -> dict[str, Tensor]:
     """Tensors as they are stored: scales in `scale_dtype`, each shared tensor under one name."""
     scales = {f"{n}.{part}": layer for n, layer in layers.items() for part in ("scale", "zero")}
     stored: dict[str, Tensor] = {}

@@ -15,6 +15,7 @@ from zotune.errors import BadInput
 from zotune.quant.formats.layout import Layout, values_of
 from zotune.quant.formats.shards import Entry, raw_bytes
 from zotune.quant.formats.tensors import listing
+from zotune.quant.layer import QuantLayer
 from zotune.quant.linear import QuantLinear
 
 log = logging.getLogger("zotune")
@@ -80,6 +81,7 @@ def changes(
     for name, layer in quantized(model):
         layout, start = layer.storage, f"{source.prefix}{name}."
         assert isinstance(layout, Layout)
+        assert isinstance(layer, QuantLinear)
         if not torch.equal(layout.rounded(layer.scale, layer.zero)[0], layer.scale):
             log.warning(
                 "scales of %s are rounded; round_to_storage_ does so before measuring", name
@@ -115,10 +117,10 @@ def check_places(model: nn.Module, source: Source, found: Mapping[str, Entry]) -
         )
 
 
-def quantized(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """Names and modules of the QuantLinear layers."""
+def quantized(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """Names and modules of the quantized layers."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLayer):
             yield name, module
 
 

@@ -120,6 +120,15 @@ def fake_quantize_float(x: Tensor) -> Tensor:
     return rounded.to(x.dtype) if not x.requires_grad else x + (rounded - x).detach()
 
 
+def code_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a product with whole codes: in float16 its sums would pass 65504.
+
+    >>> code_dtype(torch.float16)
+    torch.float32
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def int8_product(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """One integer product that several sets of scales can share.
 
@@ -135,11 +144,15 @@ def int8_product(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     >>> acc.tolist()
     [[127]]
     """
+    x_codes, x_scale = quantize_rows(x)
+    return integer_matmul(x_codes, codes), x_scale
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_rows`, compiled where x lies on the CPU."""
     from zotune.quant.kernels import cpu, reference
 
-    rows = cpu if x.device.type == "cpu" else reference
-    x_codes, x_scale = rows.quantize_rows(x)
-    return integer_matmul(x_codes, codes), x_scale
+    return (cpu if x.device.type == "cpu" else reference).quantize_rows(x)
 
 
 def integer_matmul(x_codes: Tensor, codes: Tensor, out: Tensor | None = None) -> Tensor:

@@ -43,7 +43,7 @@ def linear(
     Raises:
         BadInput: if a gradient is wanted; this kernel has none.
     """
-    _refuse_gradient(x, scale, zero, bias)
+    refuse_gradient(x, scale, zero, bias)
     dtype = compute_dtype or x.dtype
     if not scheme.integer_inputs:
         weight = weight_scratch(
@@ -227,7 +227,8 @@ def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return found[:elements].view(rows, columns)
 
 
-def _refuse_gradient(*tensors: Tensor | None) -> None:
+def refuse_gradient(*tensors: Tensor | None) -> None:
+    """Raises BadInput where one of the tensors wants a gradient."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise BadInput(
             "kernel 'cpu' has no gradient and one is wanted; "
