@@ -10,8 +10,23 @@ Nothing here is a second implementation: estimators, rules, shaping and noise ar
 training, on the space of the images. Test models that are yours to test.
 """
 
-from zotune.attacks.config import AttackConfig
-from zotune.attacks.outcome import Outcome
-from zotune.attacks.run import attack
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zotune.attacks.config import AttackConfig
+    from zotune.attacks.outcome import Outcome
+    from zotune.attacks.run import attack
+
+_WHERE = {"AttackConfig": "config", "Outcome": "outcome", "attack": "run"}
 
 __all__ = ["AttackConfig", "Outcome", "attack"]
+
+
+def __getattr__(name: str) -> Any:
+    """Parts come when they are asked for: the command line reads `config` without torch."""
+    if name in _WHERE:
+        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from zotune.core.inputs import TOP
 from zotune.errors import BadInput
+from zotune.tasks.task import evaluating
 
 Answer = Callable[[Tensor], Any]
 SMALLEST = 1e-30  # probability whose logarithm stands for that of 0
@@ -83,7 +83,7 @@ def _answer(model: Any) -> Answer:
 def _of_module(model: nn.Module, images: Tensor) -> Any:
     first = next((t for t in model.parameters() if t.is_floating_point()), None)
     wanted = {} if first is None else {"device": first.device, "dtype": first.dtype}
-    with _evaluating(model):
+    with evaluating(model):
         try:
             return model((images.float() / TOP).to(**wanted))
         except RuntimeError as error:
@@ -91,14 +91,3 @@ def _of_module(model: nn.Module, images: Tensor) -> Any:
                 f"the classifier cannot take images of shape {tuple(images.shape[1:])} (channels, "
                 f"height, width): {error}"
             ) from error
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from zotune.attacks.classifier import Classifier
 from zotune.attacks.config import AttackConfig
+from zotune.attacks.opening import open_budget, open_method, steps_of
 from zotune.attacks.oracle import Oracle, margins
 from zotune.attacks.outcome import Outcome
 from zotune.core.inputs import InputBlock, on_grid
@@ -21,7 +23,13 @@ log = logging.getLogger("zotune")
 
 
 def attack(
-    classifier: Any, images: Any, labels: Any, *, targets: Any = None, **options: Any
+    classifier: Any,
+    images: Any,
+    labels: Any,
+    *,
+    targets: Any = None,
+    config: AttackConfig | None = None,
+    **options: Any,
 ) -> Outcome:
     """Look for misclassified images within a budget, to test a model of one's own.
 
@@ -36,7 +44,7 @@ def attack(
         images: (n, channels, height, width), uint8 or floats k/255.
         labels: (n,), the true classes. Images that are misclassified anyway are not attacked.
         targets: (n,), the classes to be reached; any wrong one when None.
-        options: fields of `AttackConfig`.
+        config: the attack. options: fields of `AttackConfig` that differ from it.
 
     Raises:
         BadInput: images off the grid, labels out of range, a budget or a number of queries that
@@ -50,14 +58,14 @@ def attack(
     >>> found.success_rate, int(found.adversarial.min()) >= 96
     (1.0, True)
     """
-    config = AttackConfig(**options)
+    config = replace(config or AttackConfig(), **options)
     began = time.perf_counter()
     images = on_grid(images)
     labels = _classes("labels", labels, len(images))
     wanted = None if targets is None else _classes("targets", targets, len(images))
     shape = tuple(images.shape[1:])
-    budget, method = config.budget_for(shape), config.method_for(shape)
-    steps = config.steps(method)
+    budget, method = open_budget(config, shape), open_method(config, shape)
+    steps = steps_of(config, method)
     asked = Classifier(classifier, config.probabilities)
     correct, broken = _originals(asked, images, labels, wanted, config.batch_size)
     oracles = []

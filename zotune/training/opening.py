@@ -21,6 +21,7 @@ from zotune.tasks.data import read_table
 from zotune.tasks.task import Example, Task
 from zotune.training.config import TrainConfig
 from zotune.training.folders import from_module, load_model
+from zotune.training.settings import EvalConfig
 
 
 def open_method(config: TrainConfig) -> AnyMethod:
@@ -97,7 +98,7 @@ def _task_call(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def open_model(config: TrainConfig, model: nn.Module | Loaded | None) -> Loaded:
+def open_model(config: TrainConfig | EvalConfig, model: nn.Module | Loaded | None) -> Loaded:
     """The model by its name, or the one given, quantized if the configuration says so."""
     if model is None:
         if not config.model_name_or_path:
