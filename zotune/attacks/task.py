@@ -42,11 +42,9 @@ def attack_task(
     device = device_of(model)
 
     def scores(images: Tensor) -> Tensor:
-        unknown = torch.zeros(len(images), dtype=torch.int64)
+        batch = Batch({"pixels": images}, len(images)).to(device)
         with evaluating(model):
-            return task.scores(
-                model, Batch({"pixels": images, "label": unknown}, len(images)).to(device)
-            )
+            return task.scores(model, batch)
 
     split = source.split or next(n for n in ("test", "dev", "train") if n in task.splits)
     rows = spread(task.split(split), source.max_eval_samples)
