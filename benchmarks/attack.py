@@ -179,7 +179,8 @@ def rows_of(made: Setup, given: argparse.Namespace, add: Callable[[Row], None]) 
     label = f"{made.name}, L-inf {made.budget}"
     add(Row(f"{made.name}: accuracy of the first test images, no attack", made.accuracy, ""))
     target = None
-    for contender in [*given.peers, *given.ours]:
+    order = sorted([*given.peers, *given.ours], key=lambda name: (name != ZOO, name in PEERS))
+    for contender in order:
         found = []
         for seed in range(given.seeds):
             if contender in PEERS:

@@ -44,15 +44,18 @@ def open_method(config: AttackConfig, shape: Shape) -> Method:
     calls = split_calls(config.method)
     name, given = calls[0]
     name = NAMES.get(name, name)
-    if len(calls) != 1 or "directions" not in methods.entry(name).options:
-        raise BadInput(
-            f"method {config.method!r} measures one direction for all images of a batch, and an "
-            "attack wants one for each; use zoqo, zo-sign, zo-adam or zo-sgd"
-        )
     level = open_budget(config, shape).level(math.prod(shape))
-    found = methods.get(name, **{**reach(name, level), "directions": "example", **given})
-    if not isinstance(found, Method) or not isinstance(found.estimator, PerExample):
-        raise BadInput(f"method {config.method!r} has no direction for each image")
+    chosen = {**reach(name, level), **given}
+    if "directions" in methods.entry(name).options:
+        chosen = {"directions": "example", **chosen}
+    found = methods.get(name, **chosen)
+    apart = isinstance(found, Method) and isinstance(found.estimator, PerExample)
+    if len(calls) != 1 or not apart or not {"eps", "lr"} <= set(chosen):
+        raise BadInput(
+            f"method {config.method!r}: an attack wants a direction for each image, and eps and lr "
+            "in grid levels; use zoqo, zo-sign, zo-adam or zo-sgd, or give both to another method"
+        )
+    assert isinstance(found, Method)
     return found.but(perturbation=PerImage(patterned(config.pattern, found.perturbation)))
 
 

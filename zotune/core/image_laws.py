@@ -109,14 +109,12 @@ class PerImage(Perturbation):
 
     def check(self, space: Space) -> None:
         for block in space.probed:
-            assert isinstance(block, InputBlock)
-            image = shaped(block, *block.shape[1:])
-            if self.law.observes or isinstance(self.law, Subspace) or self.law.state(image):
+            if isinstance(self.law, Subspace) or _learns(self.law):
                 raise BadInput(
-                    f"directions {self.law!r} learn from activations or from past steps, which "
-                    "images of their own do not share; use mezo, zo-sign, zo-adam or zoqo"
+                    f"directions {self.law!r} come from activations or from past steps, which an "
+                    "image by itself does not have; use zoqo, zo-sign, zo-adam or zo-sgd (mezo)"
                 )
-            self.law.check(Space([image]))
+            self.law.check(Space([shaped(block, *block.shape[1:])]))
 
     def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
         return self.combine([key], [1.0], block, start, block.rows if stop is None else stop)
@@ -146,3 +144,13 @@ class PerImage(Perturbation):
             rows = torch.tensor([key.lane - start for key, _ in live], device=block.device)
             total.index_add_(0, rows, u * weights.view(-1, 1, 1, 1))
         return total
+
+
+def _learns(law: Perturbation) -> bool:
+    """Whether a law, or the one whose numbers it takes, is more than a function of the key."""
+    own = type(law)
+    hooks = ("state", "states", "learn_", "observe_")
+    inner = getattr(law, "law", None)
+    return any(getattr(own, hook) is not getattr(Perturbation, hook) for hook in hooks) or (
+        isinstance(inner, Perturbation) and _learns(inner)
+    )
