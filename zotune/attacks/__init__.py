@@ -3,7 +3,7 @@
     found = zotune.attack(model, images, labels, method="zoqo", budget="8/255", queries=500)
     found.robust_accuracy; found.save("runs/attack")
 
-    images ─► InputBlock ─► Tuner (any method with directions per example) ─► Oracle ─► Outcome
+    images ─► InputBlock ─► Tuner (any two-sided method, one direction per image) ─► Oracle ─► Outcome
               every point a uint8 image inside the budget          the only one that asks
 
 Nothing here is a second implementation: estimators, rules, shaping and noise are those of

@@ -8,17 +8,15 @@ from typing import Literal
 
 from zotune.errors import BadInput
 
-TOP = 255  # levels of the grid above 0
-
 
 @dataclass(frozen=True)
 class AttackConfig:
     """Attack a classifier with forward passes only, on the uint8 grid.
 
     Args:
-        method: a method that can give each image a direction of its own, with options if any:
-            "zoqo", "zo-sign", "zo-adam", "zo-sgd" (MeZO), "zoqo(queries=2)". Its eps and lr count
-            grid levels; their defaults follow the budget.
+        method: a method that looks at both sides, with options if any: "zoqo", "zo-sign",
+            "zo-adam", "zo-sgd" (MeZO), "zoqo(queries=2)". Its eps and lr count grid levels; their
+            defaults follow the budget.
         norm: "linf" or "l2".
         budget: the largest perturbation in that norm, of images in [0, 1]: "8/255" or a number.
         queries: questions about one image at most, the first one about the original included.
@@ -48,13 +46,12 @@ class AttackConfig:
 def parse_share(text: str | float) -> Fraction:
     """A budget as an exact share of the range.
 
-    >>> parse_share("8/255") * TOP, parse_share(8 / 255) * TOP
-    (Fraction(8, 1), Fraction(8, 1))
+    >>> parse_share("8/255"), parse_share(8 / 255)
+    (Fraction(8, 255), Fraction(8, 255))
     """
     try:
         if isinstance(text, str):
             return Fraction(text.replace(" ", ""))
-        # 8 / 255 as a float is a little more or less than eight levels.
-        return Fraction(text * TOP).limit_denominator(10**6) / TOP
+        return Fraction(text).limit_denominator(10**6)  # 8 / 255 is no float, only nearly one
     except (ValueError, ZeroDivisionError, OverflowError, TypeError) as error:
         raise BadInput(f"budget={text!r} is no number; want '8/255' or 0.03") from error

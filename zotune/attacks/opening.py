@@ -8,7 +8,7 @@ from typing import Any
 from zotune import methods
 from zotune.attacks.config import AttackConfig, parse_share
 from zotune.core.calls import nearest, split_calls
-from zotune.core.estimator import PerExample
+from zotune.core.estimator import PerExample, TwoSided
 from zotune.core.image_laws import PerImage, Square, Tiled
 from zotune.core.inputs import TOP, Budget
 from zotune.core.method import Method
@@ -36,7 +36,8 @@ def open_budget(config: AttackConfig, shape: Shape) -> Budget:
 
 
 def open_method(config: AttackConfig, shape: Shape) -> Method:
-    """The method over images of this shape, one problem each.
+    """The method over images of this shape, one problem each: its central difference is taken of
+    every image's own loss, along a direction of its own.
 
     >>> open_method(AttackConfig(method="zo-sgd(eps=3.0)"), (1, 8, 8)).estimator
     PerExample(eps=3.0, queries=1)
@@ -46,17 +47,19 @@ def open_method(config: AttackConfig, shape: Shape) -> Method:
     name = NAMES.get(name, name)
     level = open_budget(config, shape).level(math.prod(shape))
     chosen = {**reach(name, level), **given}
-    if "directions" in methods.entry(name).options:
-        chosen = {"directions": "example", **chosen}
     found = methods.get(name, **chosen)
-    apart = isinstance(found, Method) and isinstance(found.estimator, PerExample)
-    if len(calls) != 1 or not apart or not {"eps", "lr"} <= set(chosen):
+    two_sided = isinstance(found, Method) and isinstance(found.estimator, TwoSided | PerExample)
+    if len(calls) != 1 or not two_sided or not {"eps", "lr"} <= set(chosen):
         raise BadInput(
-            f"method {config.method!r}: an attack wants a direction for each image, and eps and lr "
-            "in grid levels; use zoqo, zo-sign, zo-adam or zo-sgd, or give both to another method"
+            f"method {config.method!r}: an attack wants a two-sided estimate for each image, and "
+            "eps and lr in grid levels; use zoqo, zo-sign, zo-adam or zo-sgd, or give both to "
+            "another such method"
         )
     assert isinstance(found, Method)
-    return found.but(perturbation=PerImage(patterned(config.pattern, found.perturbation)))
+    return found.but(
+        estimator=PerExample(found.estimator.eps, found.estimator.queries),
+        perturbation=PerImage(patterned(config.pattern, found.perturbation)),
+    )
 
 
 def reach(name: str, level: float) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """ZOQO: noise, step and weights all stay on the quantization grid."""
 
-from zotune.core.estimator import estimator
+from zotune.core.estimator import TwoSided
 from zotune.core.grid import Grid
 from zotune.core.method import Decay, Method, Schedule
 from zotune.core.rule import GridSign
@@ -23,7 +23,6 @@ def zoqo(
     queries: int = 1,
     schedule: Decay = "constant",
     warmup: int = 0,
-    directions: str = "batch",
 ) -> Method:
     """Zeroth-order sign descent in integer codes (Bar & Giryes 2025).
 
@@ -41,7 +40,7 @@ def zoqo(
     return Method(
         "zoqo",
         # A probe is +-1 times a whole number of codes: eps lives in the perturbation's radius.
-        estimator(directions, 1.0, queries),
+        TwoSided(1.0, queries),
         Grid(eps, relative, density),
         GridSign(relative),
         (Sign(),),
