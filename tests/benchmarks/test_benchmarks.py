@@ -165,7 +165,9 @@ def test_attack_asks_every_contender_on_the_same_images(tmp_path: Path) -> None:
     words = {"images": 3, "queries": 8, "seeds": 2, "epochs": 1, "timed": 4}
     flags = [word for k, v in words.items() for word in (f"--{k}", str(v))]
     attack = import_module("benchmarks.attack")
-    attack.main(["--only", "digits", "--threads", "1", "--out", str(tmp_path), *flags, "--peers"])
+    where = ["--only", "digits", "speed", "--threads", "1", "--out", str(tmp_path)]
+    attack.main([*where, *flags, "--peers"])
+    conforms(json.loads((tmp_path / "attack-speed.json").read_text()), SCHEMA)
     found = json.loads((tmp_path / "attack-digits.json").read_text())
     conforms(found, SCHEMA)
     for contender in attack.OURS:

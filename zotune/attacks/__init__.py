@@ -3,8 +3,10 @@
     found = zotune.attack(model, images, labels, method="zoqo", budget="8/255", queries=500)
     found.robust_accuracy; found.save("runs/attack")
 
-    images ─► InputBlock ─► Tuner (any two-sided method, one direction per image) ─► Oracle ─► Outcome
-              every point a uint8 image inside the budget          the only one that asks
+    images ─► InputBlock ─► Tuner ◄─► Oracle ─► Outcome
+
+`InputBlock`: every point is a uint8 image inside the budget. `Tuner`: any two-sided method, each
+image along directions of its own. `Oracle`: the only one that asks the classifier, and counts.
 
 Nothing here is a second implementation: estimators, rules, shaping and noise are those of
 training, on the space of the images. Test models that are yours to test.

@@ -82,10 +82,11 @@ def _answer(model: Any) -> Answer:
 
 def _of_module(model: nn.Module, images: Tensor) -> Any:
     first = next((t for t in model.parameters() if t.is_floating_point()), None)
-    wanted = {} if first is None else {"device": first.device, "dtype": first.dtype}
+    shown = images.float() / TOP
+    shown = shown if first is None else shown.to(first)
     with evaluating(model):
         try:
-            return model((images.float() / TOP).to(**wanted))
+            return model(shown)
         except RuntimeError as error:
             raise BadInput(
                 f"the classifier cannot take images of shape {tuple(images.shape[1:])} (channels, "

@@ -93,7 +93,8 @@ def _originals(
     classifier: Classifier, images: Tensor, labels: Tensor, targets: Tensor | None, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Which originals are classified rightly, and which answers are not finite: (n,) each."""
-    scores = torch.cat([classifier(part) for part in images.split(batch_size)])
+    starts = range(0, len(images), batch_size)
+    scores = torch.cat([classifier(images[first : first + batch_size]) for first in starts])
     for name, given in (("label", labels), ("target", targets)):
         if given is not None and int(given.max()) >= scores.shape[1]:
             number = int((given >= scores.shape[1]).nonzero()[0])
