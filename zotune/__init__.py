@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "attack": "zotune.attacks",
     "train": "zotune.training",
     "evaluate": "zotune.training",
     "replay": "zotune.training",
@@ -28,6 +29,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from zotune.attacks import attack
     from zotune.core.evaluator import FunctionEvaluator, TorchEvaluator
     from zotune.core.method import Method
     from zotune.core.step import Tuner
@@ -43,6 +45,7 @@ __all__ = [
     "Tuner",
     "ZotuneError",
     "__version__",
+    "attack",
     "evaluate",
     "load",
     "replay",

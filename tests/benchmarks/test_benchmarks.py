@@ -158,3 +158,38 @@ def test_the_restated_step_is_mezo(encoder: str) -> None:
     for name, parameter in layer.named_parameters():
         wanted = start[name] - 0.1 * slope * u[name]
         assert torch.allclose(parameter, wanted, atol=2e-4), name
+
+
+def test_attack_asks_every_contender_on_the_same_images(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="task digits needs scikit-learn")
+    words = {"images": 3, "queries": 8, "seeds": 2, "epochs": 1, "timed": 4}
+    flags = [word for k, v in words.items() for word in (f"--{k}", str(v))]
+    attack = import_module("benchmarks.attack")
+    where = ["--only", "digits", "speed", "--threads", "1", "--out", str(tmp_path)]
+    attack.main([*where, *flags, "--peers"])
+    conforms(json.loads((tmp_path / "attack-speed.json").read_text()), SCHEMA)
+    found = json.loads((tmp_path / "attack-digits.json").read_text())
+    conforms(found, SCHEMA)
+    for contender in attack.OURS:
+        assert sum(f": {contender}, success" in name for name in names(found)) == 1
+    rates = [row["value"] for row in found["rows"] if row["name"].endswith("success")]
+    assert all(0 <= rate <= 1 for rate in rates)
+
+
+def test_a_peer_is_counted_and_stopped_at_its_last_query() -> None:
+    import torch
+
+    peers = import_module("benchmarks.attack_peers")
+    image = torch.full((1, 2, 2), 100, dtype=torch.uint8)
+
+    def scores(shown: Any) -> Any:
+        light = shown.flatten(1).mean(1)
+        return torch.stack([0.45 - light, light - 0.45], 1)  # 0.39 before
+
+    counter = peers.Counter(scores, image, 0, budget=0.1, queries=5)
+    counter((image / 255).expand(3, 1, 2, 2).numpy())
+    with pytest.raises(peers.Spent):
+        counter((image / 255 + 0.2).expand(9, 1, 2, 2).numpy())
+    assert (counter.asked, counter.fooled) == (5, False), "fooled outside the budget only"
+    counter.finish(image / 255 + 0.2)
+    assert counter.fooled, "its result is clamped to the budget"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from zotune.attacks.config import AttackConfig
 from zotune.errors import BadInput
 from zotune.training.config import TrainConfig
 from zotune.training.settings import EvalConfig
@@ -115,6 +116,50 @@ def replay_run(
     )  # fmt: skip
 
 
+def attack_model(
+    config: AttackConfig,
+    model_name_or_path: str = "",
+    task: str = "digits",
+    output_dir: str = "",
+    targeted: bool = False,
+    examples: int | None = 1000,
+    split: str | None = None,
+    data: str | None = None,
+    task_options: dict[str, Any] | None = None,
+    scheme: str | None = None,
+    compute_dtype: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Test how robust a classifier of images is to black-box attacks.
+
+    Args:
+        config: the attack.
+        model_name_or_path: the model's folder or hub id. Alias: model.
+        task: whose images: digits, mnist, cifar10 or images, with options if any.
+        output_dir: where to; must be new or empty. Alias: out.
+        targeted: each image shall be taken for the class after its own.
+        examples: so many images at most, evenly spread over the split.
+        split: "train", "dev" or "test"; the test split, or dev without one, when null.
+        data: folder or hub data set, where the task does not name its own.
+        task_options: options of the task.
+        scheme: quantize the float model while loading.
+        compute_dtype: of quantized layers' products.
+        device: where the model runs.
+        threads: CPU threads.
+    """
+    from zotune.attacks.task import attack_task
+
+    _need(model_name_or_path, output_dir)
+    source = EvalConfig(
+        model_name_or_path, task, task_options or {}, data=data, split=split,
+        max_eval_samples=examples, scheme=scheme, compute_dtype=compute_dtype, device=device,
+        threads=threads,
+    )  # fmt: skip
+    found = attack_task(config, source, output_dir, targeted)
+    return {"out": output_dir, **found.as_dict()}
+
+
 def names(what: Literal["methods", "spaces", "tasks", "formats"]) -> dict[str, Any]:
     """List methods, spaces, tasks or formats.
 
@@ -153,6 +198,7 @@ COMMANDS: dict[str, tuple[Any, Any, str]] = {
     "train": (train_model, TrainConfig, "Train a model with forward passes only."),
     "eval": (evaluate_model, EvalConfig, "Evaluate a model on a task."),
     "quantize": (quantize_model, None, "Quantize a float model and save it."),
+    "attack": (attack_model, AttackConfig, "Test a classifier of images by black-box attacks."),
     "replay": (replay_run, None, "Rebuild a tuned model from its base and its journal."),
     "list": (names, None, "List methods, spaces, tasks or formats."),
     "doctor": (doctor, None, "Say what this machine offers and what is wrong with it."),

@@ -40,6 +40,17 @@ class Grid(Perturbation):
     def displacement(self, key: Key, block: Block) -> Tensor:
         return self._whole(key, block, 0, None)
 
+    def draw_lanes(self, keys: Sequence[Key], block: Block) -> Tensor:
+        most = grid_steps(self.radius, self.relative, block, 0, block.rows)
+        starts, shape = [0] * len(keys), (len(keys), *block.shape)
+        u = noise.draw_rows("uniform", keys, block.name, starts, block.numel, block.device)
+        whole = noise_reference.whole(u.view(shape), most)
+        if self.density < 1:
+            mask = f"{block.name}#mask"
+            chance = noise.draw_rows("uniform", keys, mask, starts, block.numel, block.device)
+            whole *= (chance * 0.5 + 0.5 < self.density).view(shape)
+        return whole
+
     def _whole(self, key: Key, block: Block, start: int, stop: int | None) -> Tensor:
         """int8 where one M <= 127 holds for all of the block, else float32."""
         low, high, shape = span(block, start, stop)

@@ -4,6 +4,7 @@ from zotune.core.backprop import Backprop
 from zotune.core.estimator import OneSided, PerExample, TwoSided
 from zotune.core.feedback import ErrorFeedback
 from zotune.core.grid import Grid, Rounded
+from zotune.core.image_laws import PerImage, Square, Tiled
 from zotune.core.low_rank import LowRank
 from zotune.core.method import Interlude, Method, Schedule
 from zotune.core.noise import Key
@@ -32,7 +33,7 @@ from zotune.core.spaces import (
 __all__ = [
     "SGD", "Adam", "Adapter", "Backprop", "Biases", "Clip", "Codes", "ErrorFeedback", "Gaussian",
     "Grid", "GridSign", "Head", "Interlude", "Key", "Lora", "LowRank", "Method", "MomentumSGD",
-    "Norms", "OneSided", "PerExample", "Rademacher", "Rounded", "Scales", "Schedule", "Sign",
-    "SignSGD", "SpaceSum", "Sparse", "Sphere", "Standardize", "TwoSided", "Uniform", "Weights",
-    "Zeros",
+    "Norms", "OneSided", "PerExample", "PerImage", "Rademacher", "Rounded", "Scales", "Schedule",
+    "Sign", "SignSGD", "SpaceSum", "Sparse", "Sphere", "Square", "Standardize", "Tiled", "TwoSided",
+    "Uniform", "Weights", "Zeros",
 ]  # fmt: skip

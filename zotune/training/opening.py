@@ -26,6 +26,7 @@ from zotune.tasks.vision import ImageClassification
 from zotune.training.batches import drawing
 from zotune.training.config import TrainConfig
 from zotune.training.folders import from_module, load_model
+from zotune.training.settings import EvalConfig
 
 EVALUATED = Key(0)  # of what evaluations draw: the same in every run
 
@@ -116,7 +117,7 @@ def _task_call(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def open_model(config: TrainConfig, model: nn.Module | Loaded | None) -> Loaded:
+def open_model(config: TrainConfig | EvalConfig, model: nn.Module | Loaded | None) -> Loaded:
     """The model by its name, or the one given, quantized if the configuration says so."""
     if model is None:
         if not config.model_name_or_path:
