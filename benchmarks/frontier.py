@@ -27,7 +27,8 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.harness import Row, begin, parser, report
+from benchmarks import machine
+from benchmarks.harness import Row, begin, earlier, parser, report
 from zotune import methods
 from zotune.core.backprop import Backprop
 from zotune.training import TrainConfig, train
@@ -68,15 +69,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Problem:
-    """A task with its configuration and contenders."""
+    """A task with its configuration and contenders; `lower`: of its metric, less is better."""
 
     config: dict[str, Any]
     contenders: tuple[Contender, ...]
-
-    @property
-    def lower(self) -> bool:
-        """Whether less is better: a perplexity."""
-        return self.config["task"].startswith("lm")
+    lower: bool = False
 
 
 EXAMPLE = "directions='example', units='relative', schedule='linear'"
@@ -112,6 +109,7 @@ SHAKESPEARE = Problem(
         *(Contender(f"{name}({WEIGHTS})", "weights", EVEN)
           for name in ("zo-sign", "zo-adam", "fzoo", "tezo", "zo-muon", "jaguar")),
     ),
+    lower=True,
 )  # fmt: skip
 PROBLEMS = {"trec": TREC, "shakespeare": SHAKESPEARE}
 
@@ -142,29 +140,31 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     given = options(words)
     begin(given)
-    problem = PROBLEMS[given.task]
-    rows, details = [], {}
+    problem, name = PROBLEMS[given.task], f"frontier-{given.task}"
+    details = earlier(name, given)
     for contender in problem.contenders:
         if given.only is not None and not any(word in contender.name for word in given.only):
             continue
-        steps = contender.steps(given.budget)
-        rate, tried = chosen_rate(problem, contender, steps, given)
-        found = [run(problem, contender, rate, k, steps, given) for k in range(given.seeds)]
-        rows += rows_of(contender, rate, found, given)
-        spent = given.budget / steps
-        runs = [
-            {
-                "after": o.after,
-                "before": o.before,
-                "dev": o.dev,
-                "curve": [(round(step * spent), value) for step, value in o.curve],
-            }
-            for o in found
-        ]
-        details[contender.name] = {"rate": rate, "tried": list(tried.items()), "runs": runs}
+        details[contender.name] = measured(problem, contender, given)
         # After each contender: a grid takes hours, and what is measured is not lost.
-        path = report(f"frontier-{given.task}", rows, given, contenders=details)
+        known = [c for c in problem.contenders if c.name in details]
+        rows = [row for c in known for row in rows_of(c, details[c.name], given)]
+        path = report(name, rows, given, contenders={c.name: details[c.name] for c in known})
         plot(path.with_suffix(".png"), details, given.task)
+
+
+def measured(problem: Problem, contender: Contender, given: argparse.Namespace) -> dict[str, Any]:
+    """A contender's rate, the rates tried for it, and its runs along the passes they spent."""
+    steps = contender.steps(given.budget)
+    rate, tried = chosen_rate(problem, contender, steps, given)
+    found = [run(problem, contender, rate, seed, steps, given) for seed in range(given.seeds)]
+    runs = [
+        {"after": o.after, "before": o.before, "dev": o.dev,
+         "curve": [(round(t * given.budget / steps), value) for t, value in o.curve]}
+        for o in found
+    ]  # fmt: skip
+    made = {"commit": machine.commit(), "command": machine.command()}
+    return {"rate": rate, "tried": list(tried.items()), "runs": runs, **made}
 
 
 def chosen_rate(
@@ -223,12 +223,11 @@ def run(
     return Outcome(result.after, nan if result.before is None else result.before, curve, promise)
 
 
-def rows_of(
-    contender: Contender, rate: float | None, found: list[Outcome], given: argparse.Namespace
-) -> list[Row]:
-    after = [o.after for o in found]
+def rows_of(contender: Contender, entry: dict[str, Any], given: argparse.Namespace) -> list[Row]:
+    after = [o["after"] for o in entry["runs"]]
+    rate = "measured" if entry["rate"] is None else entry["rate"]
     unit = "perplexity" if given.task == "shakespeare" else "accuracy"
-    base = f"before: {found[0].before:.3f}; lr {'measured' if rate is None else rate}"
+    base = f"before: {entry['runs'][0]['before']:.3f}; lr {rate}"
     name = f"{contender.name}, {contender.steps(given.budget)} steps"
     rows = [Row(name, mean(after), unit, base)]
     if len(after) > 1:
