@@ -66,10 +66,6 @@ SPEED = {
          "data": str(DATA / "text/tinyshakespeare/input.txt")},
         "weights", 200, "eps=0.001", "", (0.003, 0.01, 0.03),
     ),
-    "ptb": Race(
-        {**STORIES, "task": "ptb", "max_eval_samples": 100},
-        "weights", 200, "eps=0.001", "", (0.003, 0.01, 0.03),
-    ),
     "trec": Race(
         {**MINILM, "task": "trec(train_size=300, dev_size=100, test_size=150)"},
         HEAD, 80, "eps=0.01", ", targets='.'", (0.03, 0.1, 0.3),
