@@ -193,10 +193,10 @@ def privacy(given: argparse.Namespace) -> None:
     plain: dict[str, Any] = {}
     for contender in PRIVATE.contenders:
         if contender.rates:
-            entry = best(PRIVATE, contender, given.steps, given, 3)
+            entry = best(PRIVATE, contender, given.steps, given, 1)
         else:  # the private run: at the rate of the one before, without a look of its own
             rate, seeds = plain["rate"], range(given.seeds)
-            found = [run(PRIVATE, contender, rate, seed, given.steps, given) for seed in seeds]
+            found = [run(PRIVATE, contender, rate, seed, given.steps, given, 1) for seed in seeds]
             entry = entry_of(rate, {}, found)
         plain = plain or entry
         rows += spread(f"{contender.method}, {given.steps} steps", entry["runs"], "accuracy")
