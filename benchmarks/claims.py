@@ -175,7 +175,8 @@ def reached(curve: list[tuple[int, float]], level: float, lower: bool) -> int | 
     >>> reached([(10, 0.5), (20, 0.7), (30, 0.6)], 0.6, lower=False)
     20
     """
-    return next((at for at, v in curve if (v <= level if lower else v >= level)), None)
+    known = [(at, v) for at, v in curve if None not in (v, level)]  # None: it has diverged
+    return next((at for at, v in known if (v <= level if lower else v >= level)), None)
 
 
 def spread(name: str, runs: list[dict[str, Any]], unit: str) -> list[Row]:

@@ -244,7 +244,7 @@ def plot(path: Path, details: dict[str, Any], task: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 5))
     for name, entry in details.items():
-        curves = [dict(o["curve"]) for o in entry["runs"]]
+        curves = [{x: v for x, v in o["curve"] if v is not None} for o in entry["runs"]]
         places = sorted(set.intersection(*(set(c) for c in curves)))
         axes.plot(places, [mean(c[x] for c in curves) for x in places], label=name[:60])
     axes.set(xlabel="passes of a batch through the network", ylabel=f"{task}, dev")

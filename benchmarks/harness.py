@@ -152,6 +152,8 @@ def report(name: str, rows: Sequence[Row], given: argparse.Namespace, **details:
     }
     given.out.mkdir(parents=True, exist_ok=True)
     path: Path = given.out / f"{name}.json"
+    # JSON has no NaN: a run that diverged left no number.
+    document = json.loads(json.dumps(document), parse_constant=lambda _: None)
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     show(name, rows, document)
     print(f"written to {path}")
