@@ -5,9 +5,10 @@
 
 Every contender may spend the same passes: a probe is one, a forward with its backward three, and
 what a space or `auto` looks at before the first step counts too. Where only a head is tuned, all
-probes of a step share one pass. Each contender's learning rate is chosen among three by the dev
-split, with a third of the budget and one seed; `auto` measures its own. The table shows the test
-split after the last step, mean and spread over seeds, with backprop among the rows.
+probes of a step share one pass. Each contender's learning rate is chosen by the dev split, with a
+third of the budget and one seed: among three, and while the best of them lies at an edge the next
+one beyond it, three more at most; `auto` measures its own. The table shows the test split after the
+last step, mean and spread over seeds, with backprop among the rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -26,7 +27,8 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.harness import Row, begin, parser, report
+from benchmarks import machine
+from benchmarks.harness import Row, begin, earlier, parser, report
 from zotune import methods
 from zotune.core.backprop import Backprop
 from zotune.training import TrainConfig, train
@@ -36,6 +38,7 @@ DATA = Path(os.environ.get("ZOTUNE_DATA", Path(__file__).parents[1] / "../shared
 SLOPE = (0.003, 0.01, 0.03)  # steps in proportion to the coefficients, in the blocks' own units
 EVEN = (0.0003, 0.001, 0.003)  # steps of a length of their own
 HEAD = "head(basis='classes', project=True, layers='all')"
+WIDER = 3  # rates beyond the edges, at most
 LOOKED = {"adapter": 16, "classes": 256, "auto": 72}  # passes before the first step, batch 16
 
 
@@ -66,10 +69,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Problem:
-    """A task with its configuration and contenders."""
+    """A task with its configuration and contenders; `lower`: of its metric, less is better."""
 
     config: dict[str, Any]
     contenders: tuple[Contender, ...]
+    lower: bool = False
 
 
 EXAMPLE = "directions='example', units='relative', schedule='linear'"
@@ -105,18 +109,24 @@ SHAKESPEARE = Problem(
         *(Contender(f"{name}({WEIGHTS})", "weights", EVEN)
           for name in ("zo-sign", "zo-adam", "fzoo", "tezo", "zo-muon", "jaguar")),
     ),
+    lower=True,
 )  # fmt: skip
 PROBLEMS = {"trec": TREC, "shakespeare": SHAKESPEARE}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: its numbers, and (passes spent, dev metric) along the way."""
+    """One run: its numbers, (steps, dev metric) along the way, and what it keeps private."""
 
     after: float
     before: float
-    dev: float
     curve: list[tuple[int, float]]
+    privacy: str | None = None
+
+    @property
+    def dev(self) -> float:
+        """The last dev metric."""
+        return self.curve[-1][1]
 
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -130,61 +140,94 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     given = options(words)
     begin(given)
-    problem = PROBLEMS[given.task]
-    rows, details = [], {}
+    problem, name = PROBLEMS[given.task], f"frontier-{given.task}"
+    details = earlier(name, given)
     for contender in problem.contenders:
         if given.only is not None and not any(word in contender.name for word in given.only):
             continue
-        rate = chosen_rate(problem, contender, given)
-        found = [run(problem, contender, rate, seed, given) for seed in range(given.seeds)]
-        rows += rows_of(contender, rate, found, given)
-        details[contender.name] = {"rate": rate, "runs": [vars(o) for o in found]}
+        details[contender.name] = measured(problem, contender, given)
         # After each contender: a grid takes hours, and what is measured is not lost.
-        path = report(f"frontier-{given.task}", rows, given, contenders=details)
+        known = [c for c in problem.contenders if c.name in details]
+        rows = [row for c in known for row in rows_of(c, details[c.name], given)]
+        path = report(name, rows, given, contenders={c.name: details[c.name] for c in known})
         plot(path.with_suffix(".png"), details, given.task)
 
 
-def chosen_rate(problem: Problem, contender: Contender, given: argparse.Namespace) -> float | None:
-    """The learning rate with the best dev metric after a third of the budget."""
+def measured(problem: Problem, contender: Contender, given: argparse.Namespace) -> dict[str, Any]:
+    """A contender's rate, the rates tried for it, and its runs along the passes they spent."""
+    steps = contender.steps(given.budget)
+    rate, tried = chosen_rate(problem, contender, steps, given)
+    found = [run(problem, contender, rate, seed, steps, given) for seed in range(given.seeds)]
+    runs = [
+        {"after": o.after, "before": o.before, "dev": o.dev,
+         "curve": [(round(t * given.budget / steps), value) for t, value in o.curve]}
+        for o in found
+    ]  # fmt: skip
+    made = {"commit": machine.commit(), "command": machine.command()}
+    return {"rate": rate, "tried": list(tried.items()), "runs": runs, **made}
+
+
+def chosen_rate(
+    problem: Problem, contender: Contender, steps: int, given: argparse.Namespace
+) -> tuple[float | None, dict[float, float]]:
+    """The learning rate with the best dev metric after a third of the steps, and all tried."""
     if not contender.rates:
-        return None
-    tried = {r: run(problem, contender, r, 0, given, 3).dev for r in contender.rates}
-    better = min if "lm" in problem.config["task"] else max
-    known = {r: v for r, v in tried.items() if v == v}
-    return better(known, key=known.__getitem__) if known else contender.rates[0]
+        return None, {}
+
+    def dev(rate: float) -> float:
+        return run(problem, contender, rate, 0, max(6, steps // 3), given).dev
+
+    return searched(contender.rates, dev, problem.lower)
+
+
+def searched(
+    rates: Sequence[float], measure: Callable[[float], float], lower: bool
+) -> tuple[float, dict[float, float]]:
+    """The best of `rates`, half a decade apart, and of up to `WIDER` more beyond an edge that wins.
+
+    >>> best, tried = searched((0.01, 0.03, 0.1), lambda rate: rate if rate < 1 else 0, False)
+    >>> best, list(tried)
+    (0.3, [0.01, 0.03, 0.1, 0.3, 1.0])
+    """
+    tried = {rate: measure(rate) for rate in rates}
+    while True:
+        known = {r: v for r, v in tried.items() if v == v} or {min(tried): nan}
+        best = (min if lower else max)(known, key=known.__getitem__)
+        low, high = sorted(tried)[:2], sorted(tried)[-2:]
+        if best not in (low[0], high[1]) or len(tried) == len(rates) + WIDER:
+            return best, tried
+        beyond = low[1] / 10 if best == low[0] else high[0] * 10
+        beyond = float(f"{beyond:.6g}")
+        tried[beyond] = measure(beyond)
 
 
 def run(
-    problem: Problem, contender: Contender, rate: float | None, seed: int,
-    given: argparse.Namespace, share: int = 1,
+    problem: Problem, contender: Contender, rate: float | None, seed: int, steps: int,
+    given: argparse.Namespace, looks: int = 3,
 ) -> Outcome:  # fmt: skip
-    """One run in a folder that is thrown away; `share` divides the steps."""
-    steps = max(6, contender.steps(given.budget) // share)
+    """One run in a folder that is thrown away, `looks` times evaluated on the way."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            **{**problem.config, **contender.changes}, output_dir=folder, seed=seed,
-            method=contender.method, space=contender.space, learning_rate=rate, max_steps=steps,
-            per_device_train_batch_size=given.batch, threads=given.threads, save_steps=0,
-            eval_steps=max(1, steps // 3), report_to="none", show_progress=False,
-            max_eval_samples=500, max_bad_steps=steps + 1,
+            **{"per_device_train_batch_size": given.batch, "max_eval_samples": 500,
+               **problem.config, **contender.changes},
+            output_dir=folder, seed=seed, method=contender.method, space=contender.space,
+            learning_rate=rate, max_steps=steps, threads=given.threads, save_steps=0,
+            eval_steps=max(1, steps // looks), report_to="none", show_progress=False,
+            max_bad_steps=steps + 1,
         )  # fmt: skip
         result = train(config)
         metric = f"eval_{result.metric}"
         rows = [r for r in read_metrics(Path(folder)) if metric in r]
         curve = [(r["step"], nan if r[metric] is None else r[metric]) for r in rows]
-    spent = given.budget // share / steps
-    points = [(round(step * spent), value) for step, value in curve]
-    return Outcome(
-        result.after, nan if result.before is None else result.before, curve[-1][1], points
-    )
+    promise = None if result.privacy is None else str(result.privacy)
+    return Outcome(result.after, nan if result.before is None else result.before, curve, promise)
 
 
-def rows_of(
-    contender: Contender, rate: float | None, found: list[Outcome], given: argparse.Namespace
-) -> list[Row]:
-    after = [o.after for o in found]
+def rows_of(contender: Contender, entry: dict[str, Any], given: argparse.Namespace) -> list[Row]:
+    after = [o["after"] for o in entry["runs"]]
+    rate = "measured" if entry["rate"] is None else entry["rate"]
     unit = "perplexity" if given.task == "shakespeare" else "accuracy"
-    base = f"before: {found[0].before:.3f}; lr {'measured' if rate is None else rate}"
+    base = f"before: {entry['runs'][0]['before']:.3f}; lr {rate}"
     name = f"{contender.name}, {contender.steps(given.budget)} steps"
     rows = [Row(name, mean(after), unit, base)]
     if len(after) > 1:
@@ -201,7 +244,7 @@ def plot(path: Path, details: dict[str, Any], task: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 5))
     for name, entry in details.items():
-        curves = [dict(o["curve"]) for o in entry["runs"]]
+        curves = [{x: v for x, v in o["curve"] if v is not None} for o in entry["runs"]]
         places = sorted(set.intersection(*(set(c) for c in curves)))
         axes.plot(places, [mean(c[x] for c in curves) for x in places], label=name[:60])
     axes.set(xlabel="passes of a batch through the network", ylabel=f"{task}, dev")

@@ -123,6 +123,20 @@ def begin(given: argparse.Namespace) -> None:
     logging.getLogger("zotune").setLevel(logging.ERROR)
 
 
+def earlier(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run with the same settings left of each contender in its file's details, for
+    a run of some contenders (`--only`) to keep beside its own."""
+    path = given.out / f"{name}.json"
+    if not path.exists():
+        return {}
+    document = json.loads(path.read_text(encoding="utf-8"))
+    settings, free = document["settings"], ("only", "threads", "out", "measure")
+    if any(str(settings.get(k)) != str(v) for k, v in vars(given).items() if k not in free):
+        return {}
+    made = {"commit": document["commit"], "command": document["command"]}
+    return {k: {**made, **entry} for k, entry in document["details"]["contenders"].items()}
+
+
 def report(name: str, rows: Sequence[Row], given: argparse.Namespace, **details: Any) -> Path:
     """Write `<given.out>/<name>.json`, print the same as a table, and give back the file's path."""
     settings = {k: v for k, v in vars(given).items() if k not in ("out", "measure")}
@@ -138,6 +152,8 @@ def report(name: str, rows: Sequence[Row], given: argparse.Namespace, **details:
     }
     given.out.mkdir(parents=True, exist_ok=True)
     path: Path = given.out / f"{name}.json"
+    # JSON has no NaN: a run that diverged left no number.
+    document = json.loads(json.dumps(document), parse_constant=lambda _: None)
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     show(name, rows, document)
     print(f"written to {path}")

@@ -193,3 +193,64 @@ def test_a_peer_is_counted_and_stopped_at_its_last_query() -> None:
     assert (counter.asked, counter.fooled) == (5, False), "fooled outside the budget only"
     counter.finish(image / 255 + 0.2)
     assert counter.fooled, "its result is clamped to the budget"
+
+
+def falling(problem: Any, contender: Any, rate: float, seed: int, steps: int, *rest: Any) -> Any:
+    """A run as it could be: the metric falls step by step, for kerzoo from far above."""
+    frontier = import_module("benchmarks.frontier")
+    start = 2.0 + ("kerzoo" in contender.name) - seed / 10
+    curve = [(t, start - t / 1000) for t in range(10, steps + 1, 10)]
+    return frontier.Outcome(curve[-1][1], start, curve)
+
+
+def test_claims_count_forwards_to_where_mezo_ended_and_keep_what_was_measured(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    claims = import_module("benchmarks.claims")
+    monkeypatch.setattr(claims, "run", falling)
+    words = ["--threads", "1", "--out", str(tmp_path), "--seeds", "2", "--only"]
+    for task in ("shakespeare", "wikitext2"):
+        claims.main([*words, task])
+    found = json.loads((tmp_path / "claims-speed.json").read_text())
+    conforms(found, SCHEMA)
+    rows = {r["name"]: r for r in found["rows"]}
+    for task in ("shakespeare", "wikitext2"):
+        kerzoo = rows[f"kerzoo, {task}: forwards to mezo's last dev metric"]
+        assert kerzoo["value"] == 1.0
+        assert "0 of 2 seeds got there" in kerzoo["baseline"]
+        assert kerzoo["met"] is False
+        assert rows[f"dizo, {task}: forwards to mezo's last dev metric"]["value"] == 1.0
+    claims.main([*words, "trec", "--batch", "8"])
+    again = json.loads((tmp_path / "claims-speed.json").read_text())
+    assert len(again["rows"]) < len(found["rows"])  # other settings: nothing of it is kept
+
+
+def test_rates_widen_beyond_an_edge_that_wins_but_not_for_ever() -> None:
+    searched = import_module("benchmarks.frontier").searched
+    nan = float("nan")
+    best, tried = searched((0.01, 0.03, 0.1), lambda rate: rate, True)
+    assert (best, len(tried)) == (0.0003, 6)
+    assert list(tried)[3:] == [0.003, 0.001, 0.0003]
+    best, tried = searched((0.01, 0.03, 0.1), lambda rate: nan if rate > 0.1 else rate, False)
+    assert (best, list(tried)) == (0.1, [0.01, 0.03, 0.1, 0.3])
+    best, tried = searched((0.01, 0.03, 0.1), lambda rate: abs(rate - 0.03), True)
+    assert (best, list(tried)) == (0.03, [0.01, 0.03, 0.1])
+    best, tried = searched((0.01, 0.03, 0.1), lambda rate: nan, True)
+    assert best == min(tried)
+
+
+def test_a_run_of_some_contenders_keeps_the_others_rows_and_their_commit(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    frontier = import_module("benchmarks.frontier")
+    monkeypatch.setattr(frontier, "run", falling)
+    monkeypatch.setattr(frontier.machine, "commit", lambda: "first")
+    words = ["--threads", "1", "--out", str(tmp_path), "--task", "shakespeare", "--seeds", "2"]
+    frontier.main([*words, "--only", "jaguar", "zo-sign"])
+    monkeypatch.setattr(frontier.machine, "commit", lambda: "second")
+    frontier.main([*words, "--only", "jaguar", "subzero"])
+    found = json.loads((tmp_path / "frontier-shakespeare.json").read_text())
+    conforms(found, SCHEMA)
+    commits = {k.split("(")[0]: e["commit"] for k, e in found["details"]["contenders"].items()}
+    assert commits == {"subzero": "second", "jaguar": "second", "zo-sign": "first"}
+    assert len(found["rows"]) == 6

@@ -153,6 +153,60 @@ def test_memory_is_learned_saved_and_restored() -> None:
     assert tuner.recent[0].scalars[-1] == 1.0
 
 
+@dataclass(frozen=True)
+class Leaving(Perturbation):
+    """Gaussian; keeps the point that a step left, and where it led."""
+
+    def state(self, block: Block) -> dict[str, Tensor]:
+        return {"from": block.state().clone(), "to": block.state().clone()}
+
+    def leave_(self, space: Space, estimate: Estimate) -> None:
+        for block in space.probed:
+            block.memory["from"].copy_(block.state())
+
+    def learn_(self, space: Space, estimate: Estimate) -> None:
+        for block in space.probed:
+            block.memory["to"].copy_(block.state())
+
+    def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
+        return Gaussian().draw(key, block, start, stop)
+
+
+def test_a_law_sees_the_point_that_a_step_leaves_decay_included() -> None:
+    method = Method("m", TwoSided(0.01), Leaving(), lr=0.1, weight_decay=0.1, units="absolute")
+    tuner = tuner_on("weights", method)
+    for t in range(3):
+        before = {b.name: b.value().clone() for b in tuner.space}
+        tuner.step(batch(4, t))
+        for block in tuner.space:
+            assert torch.equal(block.memory["from"], before[block.name])
+            assert torch.equal(block.memory["to"], block.value())
+            assert not torch.equal(block.memory["from"], block.memory["to"])
+
+
+# ---- several batches -----------------------------------------------------------------------
+
+
+def test_a_step_on_several_batches_is_one_on_all_their_examples() -> None:
+    method = Method("m", TwoSided(0.01), lr=0.1, units="absolute", batches=3)
+    assert method.forwards == 6
+    apart, together = tuner_on("weights", method), tuner_on("weights", method)
+    whole = batch(12)
+    for tuner, here in ((apart, [whole.select(i, i + 4) for i in (0, 4, 8)]), (together, whole)):
+        (c,) = tuner.step(here).estimate.coefficients  # type: ignore[union-attr]
+        assert abs(c) > 0.01
+    for a, b in zip(apart.space, together.space, strict=True):
+        torch.testing.assert_close(a.value(), b.value())
+
+
+def test_forwards_are_the_mean_over_a_turn_rounded_up() -> None:
+    rest = Method("rest", TwoSided(queries=1))
+    assert Method("m", batches=8, interlude=Interlude(1, 3, rest)).forwards == 6
+    assert Method("m", interlude=Interlude(50, 10, rest)).forwards == 2
+    with pytest.raises(BadInput, match="batches=0"):
+        Method("m", batches=0)
+
+
 # ---- observation ---------------------------------------------------------------------------
 
 

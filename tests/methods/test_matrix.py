@@ -103,7 +103,9 @@ def run(
     model, space = build(case)
     tuner = tuner_of(model, space, method, seed, total)
     for number in batches:
-        tuner.step(batch(4, number))
+        count = 1 if isinstance(method, Backprop) else tuner.now.batches
+        here = [batch(4, number + k) for k in range(count)]
+        tuner.step(here if count > 1 else here[0])
     return digest(model)
 
 

@@ -29,6 +29,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "qzo": {"method": "qzo", "space": "scales", "scheme": "int4-g8"},
     "zoqo": {"method": "zoqo", "space": "codes", "scheme": "int8-channel-a8"},
     "quzo": {"method": "quzo(lr=2.0)", "space": "codes", "scheme": "int4-g8"},
+    "svrg": {
+        "method": "mezo-svrg(lr=0.02, eps=0.05, every=3, batches=2, units='relative')",
+        "space": "weights",
+    },
     "adamw": {"method": "adamw(lr=0.01)", "space": "weights"},
 }
 """One configuration of every kind of state a run can have."""

@@ -70,10 +70,8 @@ class Gradient:
 
     def backward(self, batch: Any) -> float:
         """Add the gradient to the leaves' `grad`, in the evaluator's micro-batches; the loss."""
-        size = self.evaluator.micro_batch or batch.size
-        pieces = [batch.select(i, min(i + size, batch.size)) for i in range(0, batch.size, size)]
         total, whole = 0.0, 0.0
-        for piece in pieces:
+        for piece in self.evaluator.pieces(batch):
             with torch.enable_grad(), self._held():
                 loss, weight = self.evaluator.objective(self.evaluator.model, piece)
                 share = (loss.float() * weight).sum()

@@ -104,7 +104,7 @@ class TorchEvaluator(Evaluator):
                 "per batch: use directions='batch'"
             )
         self.forwards += len(probes)
-        pieces = self._pieces(batch)
+        pieces = self.pieces(batch)
         if not pieces:
             return Losses.none(len(probes))
         losses, weights, first = [], [], 0
@@ -121,7 +121,8 @@ class TorchEvaluator(Evaluator):
         exact = self.last.gradients(len(probes) * float(total))
         return Losses(torch.cat(losses, dim=1), weight / total, exact)
 
-    def _pieces(self, batch: Batch | Sequence[Batch]) -> Sequence[Batch]:
+    def pieces(self, batch: Batch | Sequence[Batch]) -> Sequence[Batch]:
+        """What one forward sees of a batch at a time."""
         if not isinstance(batch, Batch):
             return batch
         size = self.micro_batch or batch.size

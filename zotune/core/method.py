@@ -60,7 +60,8 @@ class Method:
     """A published method: where directions come from, what is measured, how it becomes a step.
 
     units="relative" counts eps and lr in each block's own unit (a scale's size, an adapter's
-    output), "absolute" in the weights' numbers, as papers do. `eval(repr(m)) == m`.
+    output), "absolute" in the weights' numbers, as papers do. `batches` is how many of a run's
+    batches one step is measured on. `eval(repr(m)) == m`.
 
     >>> m = Method("mine", lr=1e-2)
     >>> from zotune.core.nouns import *
@@ -78,12 +79,15 @@ class Method:
     weight_decay: float = 0.0
     units: Units = "relative"
     interlude: Interlude | None = None
+    batches: int = 1
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr >= 0):
             raise BadInput(f"lr={self.lr}; want a finite lr >= 0")
         if self.weight_decay < 0:
             raise BadInput(f"weight_decay={self.weight_decay}; want >= 0")
+        if self.batches < 1:
+            raise BadInput(f"batches={self.batches}; want at least 1")
         if self.units not in ("relative", "absolute"):
             raise BadInput(f"units={self.units!r}; want 'relative' or 'absolute'")
         for stage in self.stages[1:]:
@@ -109,12 +113,21 @@ class Method:
         place = step % (self.interlude.every + self.interlude.steps)
         return self if place < self.interlude.every else self.interlude.method
 
+    def forwards_at(self, step: int) -> int:
+        """Forward passes over a batch of one step."""
+        now = self.at(step)
+        observed = now.perturbation.observes and not isinstance(now.estimator, OneSided)
+        return now.batches * (now.estimator.forwards + observed)
+
     @property
     def forwards(self) -> int:
-        """Forward passes per step, of most steps."""
-        return self.estimator.forwards + (
-            self.perturbation.observes and not isinstance(self.estimator, OneSided)
-        )
+        """Forward passes over a batch per step: the mean over a turn, rounded up.
+
+        >>> Method("mine", batches=5, interlude=Interlude(1, 2, Method("other"))).forwards
+        5
+        """
+        turn = 1 if self.interlude is None else self.interlude.every + self.interlude.steps
+        return -(-sum(map(self.forwards_at, range(turn))) // turn)
 
     @property
     def replayable(self) -> bool:

@@ -30,7 +30,8 @@ class Perturbation(ABC):
     """A law for u. Laws have E[u] = 0 and E[u u^T] = I per block unless their docstring says so.
 
     Most are pure functions of the key. One that learns keeps tensors in `block.memory`: `state`
-    gives them before the first step, `learn_` changes them behind each, and snapshots hold them.
+    gives them before the first step, `leave_` and `learn_` change them before and behind each, and
+    snapshots hold them.
     One that `observes` sees the inputs of the layers it perturbs before its directions are drawn;
     its directions depend on data, so a journal alone cannot replay them.
     """
@@ -51,6 +52,9 @@ class Perturbation(ABC):
     def states(self, space: Space) -> dict[str, dict[str, Tensor]]:
         """Fresh memory of all blocks by name, for laws that need to see the whole space."""
         return {block.name: self.state(block) for block in space.probed}
+
+    def leave_(self, space: Space, estimate: Estimate) -> None:
+        """Change the blocks' memory, before they are moved by `estimate`."""
 
     def learn_(self, space: Space, estimate: Estimate) -> None:
         """Change the blocks' memory, after they were moved by `estimate`."""

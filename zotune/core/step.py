@@ -139,7 +139,10 @@ class Tuner:
         """Measure and move: one whole step on one batch."""
         if self.evaluator is None:
             raise BadInput("this tuner has no evaluator; use ask() and tell(), or give it one")
-        return self.tell(self.evaluator.losses(self.ask(), batch, self.now.perturbation))
+        probes = self.ask()
+        losses = self.evaluator.losses(probes, batch, self.now.perturbation)
+        self.evaluator.forwards += (self.now.batches - 1) * len(probes)  # it has counted one each
+        return self.tell(losses)
 
     @torch.no_grad()
     def apply_(self, estimate: Estimate) -> StepReport:
@@ -149,6 +152,7 @@ class Tuner:
             before = self.recent[0].key if self.recent else estimate.key
             self.recent.appendleft(estimate)
             self.applied += 1
+            self.now.perturbation.leave_(self.space, estimate)
             for block in self.space:
                 self._move_(block, report.lr, estimate.key, before)
             self.now.perturbation.learn_(self.space, estimate)

@@ -72,13 +72,20 @@ class Bench:
             return None
         return privacy.spent(mechanism, len(batches.examples), steps, batches.together)
 
+    def batch(self, step: int) -> Batch | Sequence[Batch]:
+        """What a step is measured on: its batch, or from there on as many as its method wants."""
+        count = 1 if isinstance(self.method, Backprop) else self.method.at(step).batches
+        if count == 1:
+            return self.batches[step]
+        return [self.batches[step + k] for k in range(count)]  # type: ignore[misc]
+
     @property
     def coefficients(self) -> int:
         """Numbers per journal record."""
         if isinstance(self.method, Backprop):
             return 0
         examples = self.config.per_device_train_batch_size
-        return max(stage.estimator.count(examples) for stage in self.method.stages)
+        return max(stage.estimator.count(stage.batches * examples) for stage in self.method.stages)
 
 
 def assemble(

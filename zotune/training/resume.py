@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from zotune.core.estimator import Estimate
+from zotune.core.method import Method
 from zotune.core.noise import Key
 from zotune.core.step import Tuner
 from zotune.errors import BadInput, JournalError
@@ -143,7 +144,12 @@ def restore_(bench: Bench, journal: Journal, stop: int | None = None) -> float:
             refill_(tuner, records[: mark.done])
     if isinstance(tuner, Tuner) and tuner.replayable:
         replay_(tuner, records[tuner.done :])
-    bench.evaluator.forwards = tuner.done * bench.method.forwards
+    method, steps = bench.method, range(tuner.done)
+    bench.evaluator.forwards = (
+        sum(map(method.forwards_at, steps))
+        if isinstance(method, Method)
+        else len(steps) * method.forwards
+    )
     return seconds
 
 

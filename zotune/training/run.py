@@ -99,7 +99,7 @@ class Run:
 
     def _step(self) -> StepReport:
         began = time.perf_counter()
-        self.batch = self.bench.batches[self.tuner.done]
+        self.batch = self.bench.batch(self.tuner.done)
         step = self.tuner.step(self.batch)
         self.diagnostics.note(step)
         if not isinstance(self.tuner, Tuner):
