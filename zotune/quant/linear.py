@@ -61,6 +61,7 @@ class QuantLinear(nn.Module):
     scale: Tensor
     zero: Tensor | None
     order: Tensor | None
+    input_clip: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -91,6 +92,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("zero", zero)
         columns = torch.arange(in_features, dtype=torch.int32, device=device)
         self.register_buffer("order", columns if ordered else None)
+        self.register_buffer("input_clip", None)
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
@@ -128,10 +130,13 @@ class QuantLinear(nn.Module):
         )
 
     def inputs(self, x: Tensor) -> Tensor:
-        """x as the kernels take it: in the order of the codes' columns, rounded to 8-bit floats."""
+        """x as the kernels take it: in the order of the codes' columns, clipped, and rounded where
+        the kernel does not do so itself."""
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        return kernels.fake_quantize_float(x) if self.scheme.float_inputs else x
+        if self.input_clip is not None:
+            x = kernels.clip_rows(x, self.input_clip)
+        return kernels.rounded_inputs(x, self.scheme)
 
     def unpacked(self) -> Tensor:
         """Codes (out, in), one number per weight; a copy only where they are packed."""
@@ -188,7 +193,7 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
         """Move with the model but stay float32: `.to(bfloat16)` must not round a scale."""
-        kept = {name: getattr(self, name) for name in ("scale", "zero")}
+        kept = {name: getattr(self, name) for name in ("scale", "zero", "input_clip")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, values in kept.items():
             moved = getattr(self, name)

@@ -63,7 +63,7 @@ class NativeFormat:
         names = check_files(folder)
         config = model_config(folder, trust_remote_code)
         model = empty_model(config, auto, names, trust_remote_code)
-        _place_layers_(model, schemes, scale_dtype, folder)
+        _place_layers_(model, schemes, scale_dtype, names, folder)
         tensors = read_tensors(folder)
         assign_(model, _in_memory(tensors, schemes, scale_dtype, dtype, folder), folder)
         restore_generation_config_(model, folder)
@@ -140,7 +140,11 @@ def _make_record(layers: dict[str, QuantLinear]) -> dict[str, Any]:
 
 
 def _place_layers_(
-    model: nn.Module, schemes: dict[str, Scheme], scale_dtype: torch.dtype, folder: Path
+    model: nn.Module,
+    schemes: dict[str, Scheme],
+    scale_dtype: torch.dtype,
+    stored: list[str],
+    folder: Path,
 ) -> None:
     modules = dict(model.named_modules())
     wrong = {
@@ -162,6 +166,8 @@ def _place_layers_(
             columns, rows, scheme, bias=old.bias is not None, name=name, device="meta"
         )
         layer.scale_dtype = scale_dtype
+        if f"{name}.input_clip" in stored:
+            layer.input_clip = torch.empty(1, device="meta")
         replace_(model, name, layer)
 
 

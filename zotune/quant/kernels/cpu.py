@@ -21,6 +21,7 @@ from zotune.errors import BadInput
 from zotune.quant.affine import Scheme
 from zotune.quant.kernels import compiled, integer_matmul
 from zotune.quant.kernels.threads import parallel_ranges
+from zotune.quant.packing import unpack
 
 # Elements a thread should have at least: waking one costs more than a smaller share takes.
 GRAIN = 1 << 20
@@ -106,6 +107,8 @@ def _fill(
     if out.numel() == 0:
         return
     target = (out.view(torch.uint16) if out.dtype == torch.bfloat16 else out).numpy()
+    if codes.dtype == torch.uint8 and bits not in compiled.PACKED:
+        codes = unpack(codes, bits, out.shape[1])
     data, scales, zeros = (
         t.detach().contiguous().numpy() for t in (codes, scale.float(), zero.float())
     )

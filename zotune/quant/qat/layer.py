@@ -1,0 +1,206 @@
+"""A linear layer that computes as its quantized self while its weight stays float."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zotune.errors import BadInput
+from zotune.quant import affine, kernels
+from zotune.quant.affine import Scheme
+from zotune.quant.kernels import reference
+from zotune.quant.linear import Conv1DLike, QuantLinear, is_conv1d
+from zotune.quant.packing import pack
+
+LEAST, MOST = math.log(1 / 16), math.log(2.0)
+"""Bounds of the logarithms of clipping thresholds, as shares of a group's own extremes."""
+_KEPT: Final = ("upper", "lower", "input_clip", "log_scale", "shift")
+
+
+class FakeQuantLinear(nn.Module):
+    """y = A((x - shift) / s) Q(W s).T + bias + W shift, with a float W that training may move.
+
+    Q rounds to the grid between beta min(w) and alpha max(w) of each group (`affine.quantize` with
+    clipped extremes), A rounds each token's activations; both compute what the quantized layer
+    will. alpha = exp(upper), beta = exp(lower), within [1/16, 2], after OmniQuant (2023, arXiv
+    2308.13137) and ZeroQAT (2025, arXiv 2509.00031); as logarithms they start at rounding to
+    nearest exactly, and a change of 0.01 is 1 % everywhere. s = exp(log_scale) and shift belong to
+    the channels of the layer's input and are shared by all layers that read it (`attach_`).
+
+    Buffers, float32: `upper`, `lower` shaped like the scheme's scale; `input_clip` (1,), the
+    logarithm of the share of a token's largest activation beyond which it is clipped, where the
+    scheme rounds activations; `log_scale` and `shift` (channels,) or None. Where columns share
+    channels (heads that share keys and values), `places` (in,) says which one is whose.
+
+    `rounding` = False leaves the transforms and takes Q and A away.
+
+    Args:
+        weight: (out, in), any float dtype.
+        bias: (out,) or None.
+        scheme: an integer scheme.
+        name: the layer's name, for messages.
+
+    Raises:
+        BadInput: for a weight that is not finite, or a group size that does not divide it.
+
+    >>> layer = FakeQuantLinear(torch.randn(4, 16), None, Scheme.parse("int2-g8-asym"))
+    >>> layer.quantized().dequantize().equal(layer.weight_seen()[0])
+    True
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    upper: Tensor
+    lower: Tensor
+    input_clip: Tensor | None
+    log_scale: Tensor | None
+    shift: Tensor | None
+    places: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, scheme: Scheme, name: str = "weight"
+    ) -> None:
+        super().__init__()
+        affine.quantize(weight, scheme, name)  # raises what there is to raise
+        self.out_features, self.in_features = weight.shape
+        self.scheme, self.rounding = scheme, True
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        shape = scheme.scale_shape(*weight.shape)
+        for side in ("upper", "lower"):
+            self.register_buffer(side, torch.zeros(shape, device=weight.device))
+        clip = torch.zeros(1, device=weight.device) if scheme.act_bits else None
+        self.register_buffer("input_clip", clip)
+        for name in ("log_scale", "shift", "places"):
+            self.register_buffer(name, None)
+
+    @classmethod
+    def from_linear(
+        cls, module: nn.Linear | Conv1DLike, scheme: Scheme, name: str = ""
+    ) -> FakeQuantLinear:
+        """An nn.Linear or a transformers Conv1D, whose tensors it shares where it can."""
+        weight = module.weight.t().contiguous() if is_conv1d(module) else module.weight
+        return cls(weight, module.bias, scheme, name or type(module).__name__).eval()
+
+    def attach_(self, log_scale: Tensor, shift: Tensor | None, places: Tensor | None) -> None:
+        """Transform the input's channels from now on; the same tensors at every reader."""
+        self.log_scale, self.shift, self.places = log_scale, shift, places
+
+    def per_column(self, channels: Tensor) -> Tensor:
+        """Values of channels (channels,) once per input column (in,)."""
+        return channels if self.places is None else channels[self.places]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in x's dtype."""
+        weight, bias = self.weight_seen()
+        return F.linear(
+            self.inputs(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        )
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """A((x - shift) / s), in x's dtype."""
+        if self.shift is not None:
+            x = x - self.per_column(self.shift).to(x.dtype)
+        if self.log_scale is not None:
+            x = x / self.per_column(self.log_scale).exp().to(x.dtype)
+        if self.rounding and self.scheme.act_bits is not None:
+            assert self.input_clip is not None
+            x = kernels.clip_rows(x, _share(self.input_clip))
+            x = reference.fake_quantize_rows(x, self.scheme.act_bits).to(x.dtype)
+        return x
+
+    def weight_seen(self) -> tuple[Tensor, Tensor | None]:
+        """Q(W s) and bias + W shift, at least float32."""
+        weight, bias = self.transformed()
+        if self.rounding:
+            codes, scale, zero = self._rounded(weight)
+            weight = affine.dequantize(codes, scale, zero, self.scheme.group_size)
+        return weight, bias
+
+    def quantized(self) -> QuantLinear:
+        """The ordinary layer of the same numbers, for inputs that come transformed."""
+        weight, bias = self.transformed()
+        codes, scale, zero = self._rounded(weight)
+        layer = QuantLinear(
+            self.in_features, self.out_features, self.scheme, bias=False, device="meta"
+        )
+        layer.codes = pack(codes.to(torch.int8), self.scheme.bits)
+        layer.scale, layer.zero = scale, zero
+        if bias is not None:
+            dtype = self.weight.dtype if self.bias is None else self.bias.dtype
+            layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        if self.input_clip is not None and bool(self.input_clip.any()):
+            layer.input_clip = _share(self.input_clip)
+        return layer.train(self.training)
+
+    def steps(self) -> Tensor:
+        """The distance between grid points: (out, groups)."""
+        return self._rounded(self.transformed()[0])[1]
+
+    def transformed(self) -> tuple[Tensor, Tensor | None]:
+        """W s and bias + W shift."""
+        weight, bias = _wide(self.weight), None if self.bias is None else _wide(self.bias)
+        if self.shift is not None:
+            moved = weight @ self.per_column(self.shift).to(weight.dtype)
+            bias = moved if bias is None else bias + moved
+        if self.log_scale is not None:
+            weight = weight * self.per_column(self.log_scale).exp().to(weight.dtype)
+        return weight, bias
+
+    def _rounded(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Float codes (out, in), scale and zero."""
+        scheme, shape = self.scheme, tuple(self.upper.shape)
+        grouped = affine.in_groups(weight.float(), shape[1], scheme.group_size)
+        low, high = affine.extremes(grouped, shape)  # type: ignore[arg-type]
+        low, high = low.clamp(max=0.0) * _share(self.lower), high.clamp(min=0.0) * _share(self.upper)
+        scale, zero = affine.grid(low, high, scheme)
+        return affine.rounded(grouped, scale, zero, scheme).reshape(weight.shape), scale, zero
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"scheme={self.scheme}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FakeQuantLinear:
+        """Move with the model but stay float32, and stay shared between layers."""
+        kept = {name: getattr(self, name) for name in _KEPT}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, values in kept.items():
+            moved = getattr(self, name)
+            if moved is not None and moved.dtype != values.dtype:
+                setattr(self, name, values.to(moved.device))
+        return self
+
+
+def _share(log: Tensor) -> Tensor:
+    return log.clamp(LEAST, MOST).exp()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
+
+
+def fake_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
+    """The fake-quantized layers of a model by name.
+
+    >>> fake_layers(nn.Linear(2, 2))
+    {}
+    """
+    return {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
+
+
+def only_fake(model: nn.Module) -> dict[str, FakeQuantLinear]:
+    """The same; a model without any is an error."""
+    found = fake_layers(model)
+    if not found:
+        raise BadInput(
+            "this model has no layer that is trained through its rounding: prepare it with "
+            "`zotune quantize --method zeroqat`, or tune another space"
+        )
+    return found

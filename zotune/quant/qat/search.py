@@ -1,0 +1,199 @@
+"""Where training starts: transforms and thresholds that a search by forward passes finds.
+
+Both look at one layer at a time and at the inputs that it gets in the float model; the error is
+that of the layer's output, so no backward pass is needed anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from zotune.errors import BadInput
+from zotune.quant import affine
+from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
+from zotune.quant.qat.prepare import Link, links_on
+
+STRENGTHS: Final = tuple(k / 10 for k in range(11))
+SHARES: Final = tuple(1.0 - k / 20 for k in range(15))
+TOKENS: Final = 512
+"""Tokens of the training text that a layer is searched on."""
+
+
+@contextmanager
+def recording(model: nn.Module, tokens: int = TOKENS) -> Iterator[dict[str, Tensor]]:
+    """Inputs (tokens, in) of the fake-quantized layers, nothing rounded, while the block runs.
+
+    Layers that read one tensor share one record. A batch gives at most a quarter of the tokens.
+    """
+    layers, found = fake_layers(model), dict[str, Tensor]()
+    last: dict[str, Any] = {"input": None, "rows": None}
+
+    def watch(name: str) -> Any:
+        def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0] is not last["input"]:
+                rows = args[0].detach().flatten(0, -2)
+                step = max(1, math.ceil(4 * len(rows) / tokens))
+                last.update(input=args[0], rows=rows[::step].float())
+            held = found.get(name)
+            if held is None:
+                found[name] = last["rows"]
+            elif len(held) < tokens:
+                found[name] = torch.cat([held, last["rows"]])[:tokens]
+
+        return seen
+
+    handles = [m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]
+    try:
+        with exact(model):
+            yield found
+    finally:
+        last.clear()
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def exact(model: nn.Module) -> Iterator[None]:
+    """The model with its transforms but without any rounding."""
+    layers = fake_layers(model).values()
+    for layer in layers:
+        layer.rounding = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.rounding = True
+
+
+@torch.no_grad()
+def smooth_(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Choose each link's transform: s_c = max|x_c|^a / max|w_c|^(1-a) with the strength a, and the
+    shift, if any, of the least error (SmoothQuant 2022, arXiv 2211.10438; searched as AWQ does,
+    2306.00978). Where no transform helps, none is left.
+
+    Raises:
+        BadInput: for activations that are not finite.
+    """
+    layers = fake_layers(model)
+    for link in links_on(model):
+        readers = [layers[name] for name in link.readers]
+        x = inputs.get(link.readers[0])
+        if x is None:
+            continue  # never called by this text
+        _check(link.readers[0], x)
+        first = readers[0]
+        assert first.log_scale is not None
+        wanted = [layer_output(layer, x, False) for layer in readers]
+        best, kept = math.inf, (first.log_scale.clone(), first.shift)
+        for log_scale, shift in _transforms(link, readers, x):
+            first.log_scale.copy_(log_scale)
+            if first.shift is not None and shift is not None:
+                first.shift.copy_(shift)
+            pairs = zip(readers, wanted, strict=True)
+            error = sum(float((layer_output(r, x) - y).square().sum()) for r, y in pairs)
+            if error < best:
+                best, kept = error, (log_scale, shift)
+        first.log_scale.copy_(kept[0])
+        if first.shift is not None and kept[1] is not None:
+            first.shift.copy_(kept[1])
+
+
+def _transforms(
+    link: Link, readers: Sequence[FakeQuantLinear], x: Tensor
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Candidates: no transform first, then every strength, without a shift and with one."""
+    first = readers[0]
+    nothing = torch.zeros(link.channels, device=x.device)
+    shifts: list[Tensor | None] = [None if first.shift is None else nothing]
+    if first.shift is not None:
+        high, low = by_channel(first, x.amax(0), "amax"), by_channel(first, x.amin(0), "amin")
+        shifts.append((high + low) / 2)
+    weight = torch.stack([layer.weight.float().abs().amax(0) for layer in readers]).amax(0)
+    columns = by_channel(first, weight, "amax")
+    for shift in shifts:
+        yield nothing, shift
+        moved = x if shift is None else x - first.per_column(shift)
+        largest = by_channel(first, moved.abs().amax(0), "amax")
+        empty = (largest == 0) | (columns == 0)  # nothing to balance: the channel is left alone
+        for strength in STRENGTHS:
+            log = strength * largest.log() - (1 - strength) * columns.log()
+            log = log - log[~empty].mean() if not empty.all() else log
+            yield torch.where(empty, 0.0, log), shift
+
+
+def by_channel(layer: FakeQuantLinear, columns: Tensor, how: str) -> Tensor:
+    """Values of columns (in,) reduced to channels, where several columns share one."""
+    if layer.places is None:
+        return columns
+    assert layer.log_scale is not None
+    start = columns.new_full(layer.log_scale.shape, -math.inf if how == "amax" else math.inf)
+    return start.scatter_reduce(0, layer.places, columns, how)
+
+
+def layer_output(layer: FakeQuantLinear, x: Tensor, rounding: bool = True) -> Tensor:
+    """The layer's output without its bias's effect on errors: as it is, rounded or not."""
+    layer.rounding = rounding
+    try:
+        return layer(x)  # type: ignore[no-any-return]
+    finally:
+        layer.rounding = True
+
+
+@torch.no_grad()
+def clip_(layer: FakeQuantLinear, x: Tensor, name: str = "layer") -> None:
+    """Choose alpha and beta of every group by the error of the layer's output, both alike first
+    and then each by itself. Groups of a row are searched as if the others were exact.
+
+    Raises:
+        BadInput: for activations that are not finite.
+    """
+    _check(name, x)
+    seen, groups = layer.inputs(x), layer.upper.shape[1]
+    width = layer.scheme.group_size or layer.in_features
+    columns = affine.in_groups(seen, groups, layer.scheme.group_size)  # (tokens, groups, width)
+    gram = torch.einsum("tgi,tgj->gij", columns, columns)
+    target = affine.in_groups(layer.transformed()[0].float(), groups, width)
+    best = torch.full_like(layer.upper, math.inf)
+    kept = layer.upper.clone(), layer.lower.clone()
+    for sides in (("upper", "lower"), ("upper",), ("lower",)):
+        for share in SHARES:
+            for side in sides:
+                getattr(layer, side).fill_(math.log(share))
+            weight = affine.in_groups(layer.weight_seen()[0], groups, width)
+            away = weight - target
+            error = torch.einsum("ogi,gij,ogj->og", away, gram, away)
+            error = error if layer.upper.shape[0] > 1 else error.sum().reshape(1, 1)
+            better = error < best
+            best = torch.where(better, error, best)
+            for side, place in zip((layer.upper, layer.lower), kept, strict=True):
+                place[better] = side[better]
+        layer.upper.copy_(kept[0])
+        layer.lower.copy_(kept[1])
+
+
+@torch.no_grad()
+def clip_inputs_(layer: FakeQuantLinear, x: Tensor) -> None:
+    """Choose the share beyond which the layer's activations are clipped."""
+    if layer.input_clip is None:
+        return
+    wanted = layer_output(layer, x, False)
+    errors = {}
+    for share in SHARES:
+        layer.input_clip.fill_(math.log(share))
+        errors[share] = float((layer_output(layer, x) - wanted).square().sum())
+    layer.input_clip.fill_(math.log(min(errors, key=errors.__getitem__)))
+
+
+def _check(name: str, x: Tensor) -> None:
+    if not bool(x.isfinite().all()):
+        channels = (~x.isfinite()).any(0).nonzero().flatten().tolist()
+        raise BadInput(
+            f"activations of layer {name!r} are not finite in channels {channels[:5]}; repair the "
+            "checkpoint, or exclude the layer"
+        )
