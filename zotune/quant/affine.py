@@ -283,21 +283,22 @@ def per_weight(values: Tensor, columns: int, group_size: int | None) -> Tensor:
 
 
 def in_groups(matrix: Tensor, groups: int, group_size: int | None) -> Tensor:
-    """View (out, in) as (out, groups, columns of a group); a short last group is padded."""
-    rows, columns = matrix.shape
+    """View (..., out, in) as (..., out, groups, columns of a group); a short last group is padded."""
+    columns = matrix.shape[-1]
     width = group_size or columns // groups
     if groups * width != columns:
         matrix = torch.nn.functional.pad(matrix, (0, groups * width - columns))
-    return matrix.reshape(rows, groups, width)
+    return matrix.reshape(*matrix.shape[:-1], groups, width)
 
 
-def extremes(grouped: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight of every group; zeros where there are none."""
+def extremes(grouped: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of every group, (..., *shape); zeros where there are none."""
     if grouped.numel() == 0:
-        empty = grouped.new_zeros(shape)
+        empty = grouped.new_zeros(*grouped.shape[:-3], *shape)
         return empty, empty.clone()
     if shape == (1, 1):
-        return grouped.min().reshape(1, 1), grouped.max().reshape(1, 1)
+        one = grouped.flatten(-3)
+        return one.amin(-1)[..., None, None], one.amax(-1)[..., None, None]
     return grouped.amin(-1), grouped.amax(-1)
 
 

@@ -18,6 +18,7 @@ from zotune.models import load as load_checkpoint
 from zotune.models.adapter import adapters, attach, detach, fold_, load_peft, save_peft
 from zotune.quant import formats
 from zotune.quant.formats.folder import replace_folder
+from zotune.quant.qat import quantize_
 from zotune.training.journal import NAME as JOURNAL
 from zotune.training.snapshots import cannot_write
 
@@ -88,7 +89,9 @@ def without_adapters(model: nn.Module) -> Iterator[bool]:
 
 def round_to_storage_(model: nn.Module) -> None:
     """Make the model what its file will hold, so that memory and file give the same numbers:
-    tensors rounded to their stored dtype, a head's basis folded into the head."""
+    tensors rounded to their stored dtype, a head's basis folded into the head, layers that were
+    trained through their rounding quantized."""
+    quantize_(model)
     inside = heads(model)
     for _, layer, _ in list(adapters(model)):
         if id(layer) in inside:

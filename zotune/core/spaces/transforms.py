@@ -11,7 +11,7 @@ from zotune.core.space import Observe, Space, SpaceSpec, matching
 from zotune.core.spaces.parameters import rms
 from zotune.errors import BadInput
 from zotune.quant.qat.layer import only_fake
-from zotune.quant.qat.prepare import links_on
+from zotune.quant.qat.prepare import folds_on
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class Transforms(SpaceSpec):
     pattern: str | None = None
 
     def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
-        layers, links = only_fake(model), links_on(model)
-        if not links:
+        layers, folds = only_fake(model), folds_on(model)
+        if not folds:
             raise BadInput("no layer of this model shares a transform with the module before it")
-        wanted = matching([link.producer for link in links], self.pattern)
+        wanted = matching([fold.source for fold in folds], self.pattern)
         blocks: list[Block] = []
-        for link in (found for found in links if wanted(found.producer)):
-            gain = model.get_submodule(link.producer).get_parameter("weight")
+        for fold in (found for found in folds if wanted(found.source)):
+            gain = model.get_submodule(fold.source).get_parameter("weight")
             units = {"log_scale": 1.0, "shift": rms(gain) if gain.dim() == 1 else 1.0}
             for attribute, unit in units.items():
-                owners = [Owner(n, layers[n], attribute) for n in link.readers]
+                owners = [Owner(n, layers[n], attribute) for n in fold.targets]
                 if getattr(owners[0].module, attribute) is None:
                     continue
-                name = f"{link.producer}.{attribute}"
+                name = f"{fold.source}.{attribute}"
                 tensor = owners[0].tensor
                 blocks.append(FloatBlock.of(name, tensor, owners, unit=unit, **self.options))
         return Space(blocks)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
-from zotune.quant.qat.prepare import Link, attach_, fake_quantize_, fold_, freeze_, settle_
+from zotune.quant.qat.prepare import attach_, fake_quantize_, folds_on, freeze_, quantize_
 
 __all__ = [
-    "FakeQuantLinear", "Link", "attach_", "fake_layers", "fake_quantize_", "fold_", "freeze_",
-    "settle_",
+    "FakeQuantLinear", "attach_", "fake_layers", "fake_quantize_", "folds_on", "freeze_",
+    "quantize_",
 ]  # fmt: skip

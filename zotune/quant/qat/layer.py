@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from zotune.errors import BadInput
 from zotune.quant import affine, kernels
 from zotune.quant.affine import Scheme
+from zotune.quant.calibrate.folding import Fold
 from zotune.quant.kernels import reference
 from zotune.quant.linear import Conv1DLike, QuantLinear, is_conv1d
 from zotune.quant.packing import pack
@@ -20,6 +21,18 @@ from zotune.quant.packing import pack
 LEAST, MOST = math.log(1 / 16), math.log(2.0)
 """Bounds of the logarithms of clipping thresholds, as shares of a group's own extremes."""
 _KEPT: Final = ("upper", "lower", "input_clip", "log_scale", "shift")
+
+
+class Point(NamedTuple):
+    """The tensors that a layer's numbers come from; see `FakeQuantLinear`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    upper: Tensor
+    lower: Tensor
+    input_clip: Tensor | None
+    log_scale: Tensor | None
+    shift: Tensor | None
 
 
 class FakeQuantLinear(nn.Module):
@@ -34,8 +47,8 @@ class FakeQuantLinear(nn.Module):
 
     Buffers, float32: `upper`, `lower` shaped like the scheme's scale; `input_clip` (1,), the
     logarithm of the share of a token's largest activation beyond which it is clipped, where the
-    scheme rounds activations; `log_scale` and `shift` (channels,) or None. Where columns share
-    channels (heads that share keys and values), `places` (in,) says which one is whose.
+    scheme rounds activations; `log_scale` and `shift` (channels,) or None; `fold` says which input
+    column is whose channel, and what takes the transform up in the end.
 
     `rounding` = False leaves the transforms and takes Q and A away.
 
@@ -60,6 +73,7 @@ class FakeQuantLinear(nn.Module):
     input_clip: Tensor | None
     log_scale: Tensor | None
     shift: Tensor | None
+    fold: Fold | None
     places: Tensor | None
 
     def __init__(
@@ -76,8 +90,9 @@ class FakeQuantLinear(nn.Module):
             self.register_buffer(side, torch.zeros(shape, device=weight.device))
         clip = torch.zeros(1, device=weight.device) if scheme.act_bits else None
         self.register_buffer("input_clip", clip)
-        for name in ("log_scale", "shift", "places"):
-            self.register_buffer(name, None)
+        self.register_buffer("log_scale", None)
+        self.register_buffer("shift", None)
+        self.fold, self.places = None, None
 
     @classmethod
     def from_linear(
@@ -87,49 +102,79 @@ class FakeQuantLinear(nn.Module):
         weight = module.weight.t().contiguous() if is_conv1d(module) else module.weight
         return cls(weight, module.bias, scheme, name or type(module).__name__).eval()
 
-    def attach_(self, log_scale: Tensor, shift: Tensor | None, places: Tensor | None) -> None:
+    def attach_(self, fold: Fold | None, log_scale: Tensor | None, shift: Tensor | None) -> None:
         """Transform the input's channels from now on; the same tensors at every reader."""
-        self.log_scale, self.shift, self.places = log_scale, shift, places
-
-    def per_column(self, channels: Tensor) -> Tensor:
-        """Values of channels (channels,) once per input column (in,)."""
-        return channels if self.places is None else channels[self.places]
+        self.fold, self.log_scale, self.shift = fold, log_scale, shift
+        self.places = None
+        if fold is not None:
+            self.places = fold.expand(torch.arange(fold.channels, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype."""
-        weight, bias = self.weight_seen()
-        return F.linear(
-            self.inputs(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        )
+        return self.at(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
-    def inputs(self, x: Tensor) -> Tensor:
+    def at(self, x: Tensor, **values: Tensor) -> Tensor:
+        """(tokens, in) -> (tokens, out) with these tensors in place of the layer's own; or, where x
+        and they have one more dimension in front, at several points at once."""
+        point = self.point(**values)
+        x = self.inputs(x, point)
+        weight, bias = self.weight_seen(point)
+        if weight.dim() == 2:
+            y = F.linear(x, weight.to(x.dtype))
+        else:
+            y = x @ weight.to(x.dtype).mT
+        return y if bias is None else y.add_(bias.to(x.dtype).unsqueeze(-2))
+
+    def point(self, **values: Tensor) -> Point:
+        """The layer's tensors, some of them replaced."""
+        own = (values.get(name, getattr(self, name)) for name in Point._fields)
+        return Point(*own)
+
+    def inputs(self, x: Tensor, point: Point | None = None) -> Tensor:
         """A((x - shift) / s), in x's dtype."""
-        if self.shift is not None:
-            x = x - self.per_column(self.shift).to(x.dtype)
-        if self.log_scale is not None:
-            x = x / self.per_column(self.log_scale).exp().to(x.dtype)
+        point = point or self.point()
+        if point.shift is not None:
+            x = x - self._columns(point.shift).to(x.dtype)
+        if point.log_scale is not None:
+            x = x / self._columns(point.log_scale).exp().to(x.dtype)
         if self.rounding and self.scheme.act_bits is not None:
-            assert self.input_clip is not None
-            x = kernels.clip_rows(x, _share(self.input_clip))
+            assert point.input_clip is not None
+            x = kernels.clip_rows(x, _share(point.input_clip).unsqueeze(-1))
             x = reference.fake_quantize_rows(x, self.scheme.act_bits).to(x.dtype)
         return x
 
-    def weight_seen(self) -> tuple[Tensor, Tensor | None]:
+    def weight_seen(self, point: Point | None = None) -> tuple[Tensor, Tensor | None]:
         """Q(W s) and bias + W shift, at least float32."""
-        weight, bias = self.transformed()
-        if self.rounding:
-            codes, scale, zero = self._rounded(weight)
-            weight = affine.dequantize(codes, scale, zero, self.scheme.group_size)
+        point = point or self.point()
+        weight, bias = self.transformed(point)
+        if not self.rounding:
+            return weight, bias
+        codes, scale, zero = self._rounded(weight, point)
+        if zero is not None:
+            codes = codes - zero.unsqueeze(-1)
+        return (codes * scale.unsqueeze(-1)).flatten(-2), bias
+
+    def transformed(self, point: Point | None = None) -> tuple[Tensor, Tensor | None]:
+        """W s and bias + W shift."""
+        point = point or self.point()
+        weight = _wide(point.weight)
+        bias = None if point.bias is None else _wide(point.bias)
+        if point.shift is not None:
+            shift = self._columns(point.shift).to(weight.dtype)
+            moved = (weight @ shift.mT).squeeze(-1)
+            bias = moved if bias is None else bias + moved
+        if point.log_scale is not None:
+            weight = weight * self._columns(point.log_scale).exp().to(weight.dtype)
         return weight, bias
 
     def quantized(self) -> QuantLinear:
         """The ordinary layer of the same numbers, for inputs that come transformed."""
         weight, bias = self.transformed()
-        codes, scale, zero = self._rounded(weight)
+        codes, scale, zero = self._rounded(weight, self.point())
         layer = QuantLinear(
             self.in_features, self.out_features, self.scheme, bias=False, device="meta"
         )
-        layer.codes = pack(codes.to(torch.int8), self.scheme.bits)
+        layer.codes = pack(codes.flatten(-2).to(torch.int8), self.scheme.bits)
         layer.scale, layer.zero = scale, zero
         if bias is not None:
             dtype = self.weight.dtype if self.bias is None else self.bias.dtype
@@ -140,26 +185,21 @@ class FakeQuantLinear(nn.Module):
 
     def steps(self) -> Tensor:
         """The distance between grid points: (out, groups)."""
-        return self._rounded(self.transformed()[0])[1]
+        return self._rounded(self.transformed()[0], self.point())[1]
 
-    def transformed(self) -> tuple[Tensor, Tensor | None]:
-        """W s and bias + W shift."""
-        weight, bias = _wide(self.weight), None if self.bias is None else _wide(self.bias)
-        if self.shift is not None:
-            moved = weight @ self.per_column(self.shift).to(weight.dtype)
-            bias = moved if bias is None else bias + moved
-        if self.log_scale is not None:
-            weight = weight * self.per_column(self.log_scale).exp().to(weight.dtype)
-        return weight, bias
+    def _columns(self, channels: Tensor) -> Tensor:
+        """Values of channels (..., channels) once per input column: (..., 1, in)."""
+        return channels[..., self.places].unsqueeze(-2)
 
-    def _rounded(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Float codes (out, in), scale and zero."""
-        scheme, shape = self.scheme, tuple(self.upper.shape)
+    def _rounded(self, weight: Tensor, point: Point) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Float codes (..., out, groups, columns of a group), scale and zero."""
+        scheme = self.scheme
+        shape = scheme.scale_shape(self.out_features, self.in_features)
         grouped = affine.in_groups(weight.float(), shape[1], scheme.group_size)
-        low, high = affine.extremes(grouped, shape)  # type: ignore[arg-type]
-        low, high = low.clamp(max=0.0) * _share(self.lower), high.clamp(min=0.0) * _share(self.upper)
-        scale, zero = affine.grid(low, high, scheme)
-        return affine.rounded(grouped, scale, zero, scheme).reshape(weight.shape), scale, zero
+        low, high = affine.extremes(grouped, shape)
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        scale, zero = affine.grid(low * _share(point.lower), high * _share(point.upper), scheme)
+        return affine.rounded(grouped, scale, zero, scheme), scale, zero
 
     def extra_repr(self) -> str:
         return (

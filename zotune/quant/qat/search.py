@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from zotune.errors import BadInput
 from zotune.quant import affine
 from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
-from zotune.quant.qat.prepare import Link, links_on
+from zotune.quant.calibrate.folding import Fold
+from zotune.quant.qat.prepare import folds_on
 
 STRENGTHS: Final = tuple(k / 10 for k in range(11))
 SHARES: Final = tuple(1.0 - k / 20 for k in range(15))
@@ -73,7 +74,7 @@ def exact(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def smooth_(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Choose each link's transform: s_c = max|x_c|^a / max|w_c|^(1-a) with the strength a, and the
+    """Choose each fold's transform: s_c = max|x_c|^a / max|w_c|^(1-a) with the strength a, and the
     shift, if any, of the least error (SmoothQuant 2022, arXiv 2211.10438; searched as AWQ does,
     2306.00978). Where no transform helps, none is left.
 
@@ -81,17 +82,17 @@ def smooth_(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         BadInput: for activations that are not finite.
     """
     layers = fake_layers(model)
-    for link in links_on(model):
-        readers = [layers[name] for name in link.readers]
-        x = inputs.get(link.readers[0])
+    for fold in folds_on(model):
+        readers = [layers[name] for name in fold.targets]
+        x = inputs.get(fold.targets[0])
         if x is None:
             continue  # never called by this text
-        _check(link.readers[0], x)
+        _check(fold.targets[0], x)
         first = readers[0]
         assert first.log_scale is not None
         wanted = [layer_output(layer, x, False) for layer in readers]
         best, kept = math.inf, (first.log_scale.clone(), first.shift)
-        for log_scale, shift in _transforms(link, readers, x):
+        for log_scale, shift in _transforms(fold, readers, x):
             first.log_scale.copy_(log_scale)
             if first.shift is not None and shift is not None:
                 first.shift.copy_(shift)
@@ -105,35 +106,25 @@ def smooth_(model: nn.Module, inputs: dict[str, Tensor]) -> None:
 
 
 def _transforms(
-    link: Link, readers: Sequence[FakeQuantLinear], x: Tensor
+    fold: Fold, readers: Sequence[FakeQuantLinear], x: Tensor
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Candidates: no transform first, then every strength, without a shift and with one."""
     first = readers[0]
-    nothing = torch.zeros(link.channels, device=x.device)
-    shifts: list[Tensor | None] = [None if first.shift is None else nothing]
-    if first.shift is not None:
-        high, low = by_channel(first, x.amax(0), "amax"), by_channel(first, x.amin(0), "amin")
-        shifts.append((high + low) / 2)
+    nothing = torch.zeros(fold.channels, device=x.device)
+    shifts: list[Tensor | None] = [None]
+    if fold.shifts:
+        shifts = [nothing, (fold.reduced(x.amax(0)) - fold.reduced(-x.amin(0))) / 2]
     weight = torch.stack([layer.weight.float().abs().amax(0) for layer in readers]).amax(0)
-    columns = by_channel(first, weight, "amax")
+    columns = fold.reduced(weight)
     for shift in shifts:
         yield nothing, shift
-        moved = x if shift is None else x - first.per_column(shift)
-        largest = by_channel(first, moved.abs().amax(0), "amax")
+        moved = x if shift is None else x - shift[first.places]
+        largest = fold.reduced(moved.abs().amax(0))
         empty = (largest == 0) | (columns == 0)  # nothing to balance: the channel is left alone
         for strength in STRENGTHS:
             log = strength * largest.log() - (1 - strength) * columns.log()
             log = log - log[~empty].mean() if not empty.all() else log
             yield torch.where(empty, 0.0, log), shift
-
-
-def by_channel(layer: FakeQuantLinear, columns: Tensor, how: str) -> Tensor:
-    """Values of columns (in,) reduced to channels, where several columns share one."""
-    if layer.places is None:
-        return columns
-    assert layer.log_scale is not None
-    start = columns.new_full(layer.log_scale.shape, -math.inf if how == "amax" else math.inf)
-    return start.scatter_reduce(0, layer.places, columns, how)
 
 
 def layer_output(layer: FakeQuantLinear, x: Tensor, rounding: bool = True) -> Tensor:
@@ -166,8 +157,8 @@ def clip_(layer: FakeQuantLinear, x: Tensor, name: str = "layer") -> None:
             for side in sides:
                 getattr(layer, side).fill_(math.log(share))
             weight = affine.in_groups(layer.weight_seen()[0], groups, width)
-            away = weight - target
-            error = torch.einsum("ogi,gij,ogj->og", away, gram, away)
+            away = (weight - target).transpose(0, 1)  # (groups, out, width)
+            error = ((away @ gram) * away).sum(-1).t()
             error = error if layer.upper.shape[0] > 1 else error.sum().reshape(1, 1)
             better = error < best
             best = torch.where(better, error, best)
