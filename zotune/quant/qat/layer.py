@@ -191,14 +191,34 @@ class FakeQuantLinear(nn.Module):
         """Values of channels (..., channels) once per input column: (..., 1, in)."""
         return channels[..., self.places].unsqueeze(-2)
 
+    def ends(self, weight: Tensor | None = None, point: Point | None = None) -> tuple[Tensor, Tensor]:
+        """The clipped extremes of every group, between which the grid lies: (..., out, groups)."""
+        point = point or self.point()
+        low, high = self._extremes(self.transformed(point)[0] if weight is None else weight)
+        return low * _share(point.lower), high * _share(point.upper)
+
+    @torch.no_grad()
+    def pin_(self, low: Tensor, high: Tensor) -> None:
+        """Set the thresholds so that the grid of the weights as they are lies between these ends;
+        a group whose weights stay far below an end keeps half of it."""
+        for side, own, end in zip((self.lower, self.upper), self._extremes(), (low, high)):
+            share = torch.where(own == 0, 1.0, end / own)
+            side.copy_(share.clamp_min(math.exp(LEAST)).log().clamp(LEAST, MOST))
+
+    def _extremes(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Smallest and largest weight of every group, 0 among them."""
+        weight = self.transformed()[0] if weight is None else weight
+        shape = self.scheme.scale_shape(self.out_features, self.in_features)
+        grouped = affine.in_groups(weight.float(), shape[1], self.scheme.group_size)
+        low, high = affine.extremes(grouped, shape)
+        return low.clamp(max=0.0), high.clamp(min=0.0)
+
     def _rounded(self, weight: Tensor, point: Point) -> tuple[Tensor, Tensor, Tensor | None]:
         """Float codes (..., out, groups, columns of a group), scale and zero."""
         scheme = self.scheme
-        shape = scheme.scale_shape(self.out_features, self.in_features)
-        grouped = affine.in_groups(weight.float(), shape[1], scheme.group_size)
-        low, high = affine.extremes(grouped, shape)
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        scale, zero = affine.grid(low * _share(point.lower), high * _share(point.upper), scheme)
+        scale, zero = affine.grid(*self.ends(weight, point), scheme)
+        groups = scheme.scale_shape(self.out_features, self.in_features)[1]
+        grouped = affine.in_groups(weight.float(), groups, scheme.group_size)
         return affine.rounded(grouped, scale, zero, scheme), scale, zero
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ that of the layer's output, so no backward pass is needed anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -18,19 +18,23 @@ from zotune.errors import BadInput
 from zotune.quant import affine
 from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
 from zotune.quant.calibrate.folding import Fold
+from zotune.quant.calibrate.gptq import inverse_factor
 from zotune.quant.qat.prepare import folds_on
 
 STRENGTHS: Final = tuple(k / 10 for k in range(11))
+DAMPING: Final = 0.01  # GPTQ's
 SHARES: Final = tuple(1.0 - k / 20 for k in range(15))
-TOKENS: Final = 512
-"""Tokens of the training text that a layer is searched on."""
+TOKENS: Final = 8192
+"""Tokens of a batch that a layer is searched on, at most."""
 
 
 @contextmanager
-def recording(model: nn.Module, tokens: int = TOKENS) -> Iterator[dict[str, Tensor]]:
-    """Inputs (tokens, in) of the fake-quantized layers, nothing rounded, while the block runs.
+def recording(
+    model: nn.Module, names: Collection[str] | None = None, tokens: int = TOKENS
+) -> Iterator[dict[str, Tensor]]:
+    """Inputs (tokens, in) of the fake-quantized layers, or of those named, while the block runs.
 
-    Layers that read one tensor share one record. A batch gives at most a quarter of the tokens.
+    Layers that read one tensor share one record; `tokens` is the most that one batch gives.
     """
     layers, found = fake_layers(model), dict[str, Tensor]()
     last: dict[str, Any] = {"input": None, "rows": None}
@@ -39,20 +43,20 @@ def recording(model: nn.Module, tokens: int = TOKENS) -> Iterator[dict[str, Tens
         def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args[0] is not last["input"]:
                 rows = args[0].detach().flatten(0, -2)
-                step = max(1, math.ceil(4 * len(rows) / tokens))
+                step = math.ceil(len(rows) / tokens) or 1
                 last.update(input=args[0], rows=rows[::step].float())
             held = found.get(name)
-            if held is None:
-                found[name] = last["rows"]
-            elif len(held) < tokens:
-                found[name] = torch.cat([held, last["rows"]])[:tokens]
+            found[name] = last["rows"] if held is None else torch.cat([held, last["rows"]])
 
         return seen
 
-    handles = [m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(watch(name))
+        for name, layer in layers.items()
+        if names is None or name in names
+    ]
     try:
-        with exact(model):
-            yield found
+        yield found
     finally:
         last.clear()
         for handle in handles:
@@ -166,6 +170,37 @@ def clip_(layer: FakeQuantLinear, x: Tensor, name: str = "layer") -> None:
                 place[better] = side[better]
         layer.upper.copy_(kept[0])
         layer.lower.copy_(kept[1])
+
+
+@torch.no_grad()
+def compensate_(layer: FakeQuantLinear, x: Tensor, name: str = "layer") -> None:
+    """Let the weights behind each column make up for its rounding, as GPTQ does (2022, arXiv
+    2210.17323), on the layer's grid as it is; what is rounded later is what GPTQ would round.
+
+    The thresholds, shares of the weights' new extremes, are set so that the grid stays.
+
+    Raises:
+        BadInput: for activations that are not finite.
+    """
+    _check(name, x)
+    seen, (weight, _), point = layer.inputs(x).double(), layer.transformed(), layer.point()
+    low, high = layer.ends()
+    scale, zero = affine.grid(low, high, layer.scheme)
+    columns, size = layer.in_features, layer.scheme.group_size
+    steps = affine.per_weight(scale, columns, size).expand(-1, columns).double()
+    zeros = None if zero is None else affine.per_weight(zero, columns, size).expand(-1, columns)
+    upper = inverse_factor(seen.mT @ seen, DAMPING, name)
+    rest = weight.double().clone()
+    for k in range(columns):
+        nearest = rest[:, k] / steps[:, k] + (0 if zeros is None else zeros[:, k])
+        code = nearest.round().clamp(layer.scheme.lowest, layer.scheme.highest)
+        rounded = (code - (0 if zeros is None else zeros[:, k])) * steps[:, k]
+        error = (rest[:, k] - rounded) / upper[k, k]
+        rest[:, k + 1 :] -= error.unsqueeze(1) * upper[k, k + 1 :]
+    if point.log_scale is not None:
+        rest /= point.log_scale.exp()[layer.places].double()
+    layer.weight.copy_(rest)
+    layer.pin_(low, high)
 
 
 @torch.no_grad()
