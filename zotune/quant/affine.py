@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zotune.errors import BadInput
 
+COMMON_BITS: Final = (2, 3, 4, 8)  # widths of integers that most formats know
 BITS: Final = {"int": (2, 3, 4, 5, 6, 7, 8), "fp": (4, 8), "nf": (4,), "fpb": (4,), "aq": (8, 16)}
 GRANULARITIES: Final = ("group", "channel", "tensor")
 # The scale of an all-zero group: exact in float16, and harmless when codes move.
@@ -181,29 +182,44 @@ def nearest_divisors(columns: int, wanted: int) -> str:
 def quantize(
     weight: Tensor, scheme: Scheme, name: str = "weight"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round a weight to the nearest point of its grid.
-
-    symmetric:  scale = max(max(w) / (2^(b-1) - 1), -min(w) / 2^(b-1)),  code = round(w / scale)
-    asymmetric: scale = (max(w, 0) - min(w, 0)) / (2^b - 1)
-                zero  = round(-2^(b-1) - min(w, 0) / scale),  code = round(w / scale + zero)
+    """Round a weight to the nearest point of the grid that `fit` chooses for it.
 
     The grid covers every weight, so the error is at most scale / 2.
+
+    Returns:
+        codes int8 (out, in); scale and zero as from `fit`.
+
+    Raises:
+        BadInput: as `fit`.
+
+    >>> codes, scale, zero = quantize(torch.tensor([[-8.0, 3.4]]), Scheme.parse("int4-channel"))
+    >>> codes.tolist(), scale.item(), zero
+    ([[-8, 3]], 1.0, None)
+    """
+    scale, zero = fit(weight, scheme, name)
+    return nearest(weight, scale, zero, scheme), scale, zero
+
+
+def fit(
+    weight: Tensor, scheme: Scheme, name: str = "weight", stored: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
+    """The smallest grid that covers a weight.
+
+    symmetric:  scale = max(max(w) / (2^(b-1) - 1), -min(w) / 2^(b-1))
+    asymmetric: scale = (max(w, 0) - min(w, 0)) / (2^b - 1)
+                zero  = round(-2^(b-1) - min(w, 0) / scale)
 
     Args:
         weight: (out, in), any float dtype.
         scheme: what to quantize to.
         name: the layer's name, for messages.
+        stored: dtype that the scale is rounded to, so that codes fit the grid of the file.
 
     Returns:
-        codes int8 (out, in), scale float32 and zero float32 or None, both shaped by
-        `Scheme.scale_shape`.
+        scale float32 and zero float32 or None, both shaped by `Scheme.scale_shape`.
 
     Raises:
         BadInput: if the weight is not a finite matrix or the group size does not divide it.
-
-    >>> codes, scale, zero = quantize(torch.tensor([[-8.0, 3.4]]), Scheme.parse("int4-channel"))
-    >>> codes.tolist(), scale.item(), zero
-    ([[-8, 3]], 1.0, None)
     """
     if weight.dim() != 2:
         raise BadInput(f"weight of {name!r} has shape {tuple(weight.shape)}; wanted (out, in)")
@@ -211,23 +227,32 @@ def quantize(
         raise BadInput(f"scheme {scheme} is read from checkpoints only; quantize to integers")
     scheme.check_divides(weight.shape[1], name)
     shape = scheme.scale_shape(weight.shape[0], weight.shape[1])
-    # A transposed weight must not leave codes with transposed strides.
     grouped = in_groups(weight.detach().float().contiguous(), shape[1], scheme.group_size)
     if not torch.isfinite(grouped).all():
         raise BadInput(
             f"weight of {name!r} holds NaN or infinity; repair the checkpoint or exclude it"
         )
-    scale, zero = grid(*extremes(grouped, shape), scheme)
-    codes = rounded(grouped, scale, zero, scheme).to(torch.int8)
-    return codes.reshape(weight.shape), scale, zero
+    return grid(*extremes(grouped, shape), scheme, stored)
 
 
-def grid(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero of the grid that covers [low, high] and 0; see `quantize`."""
+def nearest(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+    """int8 codes (out, in) of the grid points nearest to a weight: round(w / scale + zero)."""
+    # A transposed weight must not leave codes with transposed strides.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    grouped = in_groups(weight.detach().to(dtype).contiguous(), scale.shape[1], scheme.group_size)
+    return rounded(grouped, scale, zero, scheme).to(torch.int8).reshape(weight.shape)
+
+
+def grid(
+    low: Tensor, high: Tensor, scheme: Scheme, stored: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero of the grid between two ends and 0, any shape; see `fit`."""
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     if scheme.symmetric:
-        return _not_empty(torch.maximum(high / scheme.highest, low / scheme.lowest)), None
+        scale = torch.maximum(high / scheme.highest, low / scheme.lowest)
+        return _not_empty(_not_empty(scale).to(stored).float()), None
     scale = _not_empty((high - low) / (scheme.highest - scheme.lowest))
+    scale = _not_empty(scale.to(stored).float())
     zero = scheme.lowest - low / scale
     return scale, straight(torch.round, zero).clamp(scheme.lowest, scheme.highest)
 

@@ -107,14 +107,23 @@ class QuantLinear(nn.Module):
             BadInput: if the layer's weight cannot take the scheme; the message names the layer.
         """
         name = name or type(module).__name__
-        weight = module.weight.detach()
-        if is_conv1d(module):
-            weight = weight.t()
-        codes, scale, zero = affine.quantize(weight, scheme, name)
+        return cls.from_codes(module, scheme, *affine.quantize(matrix(module), scheme, name))
+
+    @classmethod
+    def from_codes(
+        cls,
+        module: nn.Linear | Conv1DLike,
+        scheme: Scheme,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> QuantLinear:
+        """The layer that takes the place of `module`, with these values; shares its bias."""
         rows, columns = codes.shape
-        layer = cls(columns, rows, scheme, bias=False, name=name, device="meta")
+        layer = cls(columns, rows, scheme, bias=False, device="meta")
         layer.codes, layer.scale, layer.zero = pack(codes, scheme.bits), scale, zero
-        layer.bias = module.bias  # type: ignore[assignment]
+        layer.order, layer.bias = order, module.bias  # type: ignore[assignment]
         return layer.train(module.training)  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,6 +219,16 @@ class QuantLinear(nn.Module):
                 f"{prefix}codes has shape {tuple(codes.shape)}; scheme {self.scheme} wants {wanted}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def matrix(module: nn.Linear | Conv1DLike) -> Tensor:
+    """The weight of an nn.Linear or a transformers Conv1D as (out, in).
+
+    >>> matrix(nn.Linear(3, 2)).shape
+    torch.Size([2, 3])
+    """
+    weight = module.weight.detach()
+    return weight.t() if is_conv1d(module) else weight
 
 
 def is_conv1d(module: object) -> bool:

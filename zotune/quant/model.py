@@ -9,7 +9,7 @@ from torch import nn
 
 from zotune.errors import BadInput
 from zotune.quant.affine import Scheme
-from zotune.quant.linear import QuantLinear, is_conv1d
+from zotune.quant.linear import QuantLinear, is_conv1d, matrix
 
 DEFAULT_EXCLUDE = ("lm_head",)
 
@@ -39,23 +39,34 @@ def quantize_model_(
     ['0']
     """
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    chosen = choose(model, scheme, exclude)
+    for name, module in chosen.items():
+        replace_(model, name, QuantLinear.from_linear(module, scheme, name))
+    return list(chosen)
+
+
+def choose(
+    model: nn.Module, scheme: Scheme, exclude: Sequence[str] = DEFAULT_EXCLUDE
+) -> dict[str, nn.Linear]:
+    """The layers that `quantize_model_` replaces, by name, all of them checked.
+
+    Raises:
+        BadInput: as `quantize_model_`.
+    """
     shared = shared_weights(model)
-    chosen = [
-        (name, module)
+    chosen = {
+        name: module
         for name, module in float_linears(model)
         if id(module.weight) not in shared and not excluded(name, exclude)
-    ]
+    }
     if not chosen:
         raise BadInput(
             f"no layer to quantize in {type(model).__name__}: it has no linear layer outside "
             f"exclude={tuple(exclude)} with a weight of its own"
         )
-    for name, module in chosen:
-        columns = module.weight.shape[0 if is_conv1d(module) else 1]
-        scheme.check_divides(int(columns), name)
-    for name, module in chosen:
-        replace_(model, name, QuantLinear.from_linear(module, scheme, name))
-    return [name for name, _ in chosen]
+    for name, module in chosen.items():
+        scheme.check_divides(matrix(module).shape[1], name)
+    return chosen
 
 
 def float_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from zotune.errors import BadInput
 from zotune.quant.calibrate.families import FAMILIES, Blocked, Row, rows
-from zotune.quant.linear import is_conv1d
+from zotune.quant.linear import is_conv1d, matrix
 from zotune.quant.model import float_linears
 
 
@@ -134,7 +134,7 @@ def folded(
     for name in fold.targets:
         # A layer that is a target of its own source's rows does not exist: names stay apart.
         layer: Any = model.get_submodule(name)
-        columns = layer.weight.detach().t() if is_conv1d(layer) else layer.weight.detach()
+        columns = matrix(layer)
         weight = (columns * factor).to(columns.dtype)
         found[f"{name}.weight"] = weight.t() if is_conv1d(layer) else weight
         if shift is not None:
@@ -188,12 +188,11 @@ def _fold(
     modules: dict[str, nn.Module], config: Any, source: str, targets: tuple[str, ...], row: Row
 ) -> Fold:
     module: Any = modules[source]
-    outputs = module.weight.shape[1 if is_conv1d(module) else 0]
+    outputs = module.weight.shape[1 if is_conv1d(module) else 0]  # a norm's weight is a vector
     k, n = row.part
     start, stop = k * outputs // n, (k + 1) * outputs // n
     first: Any = modules[targets[0]]
-    inputs = first.weight.shape[0 if is_conv1d(first) else 1]
-    repeats = inputs // (stop - start)
+    repeats = matrix(first).shape[1] // (stop - start)
     heads = getattr(config, "num_key_value_heads", 1) if repeats > 1 else 1
     biases = [getattr(modules[name], "bias", None) is not None for name in (source, *targets)]
     width = (stop - start) // heads if repeats > 1 else 1

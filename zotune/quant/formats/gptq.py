@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from zotune.errors import FormatError
-from zotune.quant.affine import Scheme
+from zotune.quant.affine import COMMON_BITS, Scheme
 from zotune.quant.formats.layout import (
     FLOATS,
     Layout,
@@ -39,7 +39,6 @@ from zotune.quant.formats.tensors import QUANTIZERS, quantization, read_json
 from zotune.quant.words import from_words, to_words
 
 SIDECAR: Final = QUANTIZERS[0]
-BITS: Final = (2, 3, 4, 8)
 VERSIONS: Final = {"gptq": 1, "gptq_v2": 2}
 
 
@@ -65,8 +64,8 @@ class GptqFormat(SourceFormat):
                 "convert it with the program that made it"
             )
         bits, group_size = record.get("bits"), record.get("group_size")
-        if bits not in BITS:
-            raise FormatError(f"{folder} has bits={bits!r}; GPTQ is read with {BITS}")
+        if bits not in COMMON_BITS:
+            raise FormatError(f"{folder} has bits={bits!r}; GPTQ is read with {COMMON_BITS}")
         if type(group_size) is not int or group_size == 0 or group_size < -1:
             raise FormatError(f"{folder} has group_size={group_size!r}; want -1 or a number > 0")
         return {**record, "version": VERSIONS[version]}
@@ -172,8 +171,8 @@ def _bits(record: dict[str, Any], name: str, stored: Mapping[str, Entry], column
     shape = stored["qweight"].shape
     if record.get("dynamic") and len(shape) == 2 and columns and shape[0] * 32 % columns == 0:
         bits = shape[0] * 32 // columns
-    if bits not in BITS:
-        raise FormatError(f"layer {name!r} has {bits} bits; GPTQ is read with {BITS}")
+    if bits not in COMMON_BITS:
+        raise FormatError(f"layer {name!r} has {bits} bits; GPTQ is read with {COMMON_BITS}")
     if columns * bits % 32:
         raise FormatError(
             f"layer {name!r} has {columns} inputs, whose codes do not fill whole words"

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zotune.errors import FormatError
-from zotune.quant.affine import BITS, Scheme
+from zotune.quant.affine import COMMON_BITS, Scheme
 from zotune.quant.formats.layout import FLOATS, Layout, Values, check_tensors
 from zotune.quant.formats.shards import Entry
 from zotune.quant.formats.source import SourceFormat
@@ -63,10 +63,10 @@ class HqqFormat(SourceFormat):
         """By the layer's own settings."""
         parts = ("nbits", "group_size", "axis", "shape", "quant_scale", "quant_zero")
         bits, size, axis, given, *nested = (_setting(name, stored, part) for part in parts)
-        if axis != [1] or nested != [[0], [0]] or len(bits) != 1 or bits[0] not in BITS["int"]:
+        if axis != [1] or nested != [[0], [0]] or len(bits) != 1 or bits[0] not in COMMON_BITS:
             raise FormatError(
                 f"layer {name!r} has nbits={bits}, axis={axis}, quant_scale and quant_zero={nested}"
-                f"; HQQ is read with bits of {BITS['int']}, axis=1 and plain scales: quantize again"
+                f"; HQQ is read with bits of {COMMON_BITS}, axis=1 and plain scales: quantize again"
             )
         (rows, columns), group = shape, size[0] if len(size) == 1 else 0
         if given != list(shape) or group < 1 or columns % group:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-PACKED = (2, 3, 4)  # bits whose packed codes `scale_packed_rows` reads
 _INVERSE_127 = np.float32(1.0 / 127.0)
 
 

@@ -27,6 +27,8 @@ from zotune.quant.packing import unpack
 GRAIN = 1 << 20
 # Scratch above this size is given back after each use.
 SCRATCH_BYTES = 1 << 26
+# Widths that are unpacked and scaled in one pass; others are unpacked before.
+PACKED = (2, 3, 4)
 _local = threading.local()
 
 
@@ -80,6 +82,8 @@ def weight_scratch(
         return wide.to(dtype)
     out = _scratch("weight", codes.shape[0], columns, dtype)
     zeros = torch.zeros(1, scale.shape[1]) if zero is None else zero
+    if codes.dtype == torch.uint8 and bits not in PACKED:
+        codes = unpack(codes, bits, columns)
     if codes.dtype not in (torch.uint8, torch.int8):
         codes = codes.float()
     _fill(out, codes, scale, zeros, bits, group_size)
@@ -90,6 +94,8 @@ def codes_scratch(codes: Tensor, bits: int, columns: int) -> Tensor:
     """int8 codes (out, in); packed ones are unpacked into this thread's scratch."""
     if codes.dtype != torch.uint8:
         return codes.to(torch.int8)
+    if bits not in PACKED:
+        return unpack(codes, bits, columns)
     out = _scratch("codes", codes.shape[0], columns, torch.int8)
     _fill(out, codes, torch.ones(1, 1), torch.zeros(1, 1), bits)
     return out
@@ -107,8 +113,6 @@ def _fill(
     if out.numel() == 0:
         return
     target = (out.view(torch.uint16) if out.dtype == torch.bfloat16 else out).numpy()
-    if codes.dtype == torch.uint8 and bits not in compiled.PACKED:
-        codes = unpack(codes, bits, out.shape[1])
     data, scales, zeros = (
         t.detach().contiguous().numpy() for t in (codes, scale.float(), zero.float())
     )

@@ -15,8 +15,7 @@ from zotune.quant import affine, kernels
 from zotune.quant.affine import Scheme
 from zotune.quant.calibrate.folding import Fold
 from zotune.quant.kernels import reference
-from zotune.quant.linear import Conv1DLike, QuantLinear, is_conv1d
-from zotune.quant.packing import pack
+from zotune.quant.linear import Conv1DLike, QuantLinear, matrix
 
 LEAST, MOST = math.log(1 / 16), math.log(2.0)
 """Bounds of the logarithms of clipping thresholds, as shares of a group's own extremes."""
@@ -99,7 +98,7 @@ class FakeQuantLinear(nn.Module):
         cls, module: nn.Linear | Conv1DLike, scheme: Scheme, name: str = ""
     ) -> FakeQuantLinear:
         """An nn.Linear or a transformers Conv1D, whose tensors it shares where it can."""
-        weight = module.weight.t().contiguous() if is_conv1d(module) else module.weight
+        weight = matrix(module).contiguous()
         return cls(weight, module.bias, scheme, name or type(module).__name__).eval()
 
     def attach_(self, fold: Fold | None, log_scale: Tensor | None, shift: Tensor | None) -> None:
@@ -171,17 +170,14 @@ class FakeQuantLinear(nn.Module):
         """The ordinary layer of the same numbers, for inputs that come transformed."""
         weight, bias = self.transformed()
         codes, scale, zero = self._rounded(weight, self.point())
-        layer = QuantLinear(
-            self.in_features, self.out_features, self.scheme, bias=False, device="meta"
+        layer = QuantLinear.from_codes(
+            self, self.scheme, codes.flatten(-2).to(torch.int8), scale, zero
         )
-        layer.codes = pack(codes.flatten(-2).to(torch.int8), self.scheme.bits)
-        layer.scale, layer.zero = scale, zero
-        if bias is not None:
-            dtype = self.weight.dtype if self.bias is None else self.bias.dtype
-            layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        if self.bias is not None and bias is not None:
+            layer.bias = nn.Parameter(bias.to(self.bias.dtype), requires_grad=False)
         if self.input_clip is not None and bool(self.input_clip.any()):
             layer.input_clip = _share(self.input_clip)
-        return layer.train(self.training)
+        return layer
 
     def steps(self) -> Tensor:
         """The distance between grid points: (out, groups)."""
