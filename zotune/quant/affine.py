@@ -308,7 +308,7 @@ def per_weight(values: Tensor, columns: int, group_size: int | None) -> Tensor:
 
 
 def in_groups(matrix: Tensor, groups: int, group_size: int | None) -> Tensor:
-    """View (..., out, in) as (..., out, groups, columns of a group); a short last group is padded."""
+    """View (..., out, in) as (..., out, groups, columns of a group); a short last one is padded."""
     columns = matrix.shape[-1]
     width = group_size or columns // groups
     if groups * width != columns:

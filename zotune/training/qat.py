@@ -20,10 +20,8 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from zotune import tasks
@@ -32,11 +30,12 @@ from zotune.errors import BadInput
 from zotune.models import Loaded
 from zotune.quant.calibrate.folding import folding
 from zotune.quant.model import DEFAULT_EXCLUDE
-from zotune.quant.qat import attach_, fake_layers, fake_quantize_, folds_on, freeze_, search
+from zotune.quant.qat import attach_, fake_layers, fake_quantize_, freeze_, search
 from zotune.tasks.task import Task
-from zotune.training.assemble import final_split
-from zotune.training.batches import Batches, spread
+from zotune.training.assemble import final_split, measure
+from zotune.training.batches import Batches
 from zotune.training.config import TrainConfig
+from zotune.training.folders import use_threads
 from zotune.training.loop import train
 from zotune.training.opening import open_model, open_task, train_split
 from zotune.training.report import Result
@@ -51,8 +50,9 @@ class Preparation:
     Args:
         scheme: "int2-g64-asym", "int4-channel-a4", ...
         exclude: names or patterns of layers to leave alone.
-        smooth: whether inputs may be transformed, and the strengths searched.
-        clip: whether thresholds are searched; otherwise they start at the extremes.
+        smooth: whether inputs are transformed.
+        clip: whether thresholds are searched; otherwise they start at the weights' extremes.
+        compensate: whether weights make up for each other's rounding before training, as in GPTQ.
         clip_inputs: whether activations may be clipped, too, which only zotune's own format keeps.
         light: quantize everything for good but the query and value projections, and tune those.
         examples: training examples that the search looks at.
@@ -62,6 +62,7 @@ class Preparation:
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     smooth: bool = True
     clip: bool = True
+    compensate: bool = True
     clip_inputs: bool = False
     light: bool = False
     examples: int = 64
@@ -82,16 +83,15 @@ class Preparation:
 class Outcome:
     """What quantization-aware training came to.
 
-    texts: for each text or task by name its metric of the float model, rounded to nearest, where
-    training started and of the exported model. refused: layers whose inputs no module before them
-    can transform, with the reason.
+    texts: for each task by name its metric for the "float" model, rounded to nearest ("rtn"),
+    where training started ("start") and of the model that was saved ("after"). refused: layers
+    whose inputs no module before them can transform, with the reason.
     """
 
     result: Result
     texts: dict[str, dict[str, float]]
     refused: dict[str, str]
     search_seconds: float
-    loaded: Loaded = field(repr=False, compare=False)
 
 
 def zeroqat(
@@ -102,14 +102,15 @@ def zeroqat(
     model: Loaded | None = None,
     task: Task | None = None,
 ) -> Outcome:
-    """Train a float model through its rounding and leave the quantized one in the run folder.
+    """Train a float model through its rounding; the run folder's `model/` is the quantized one.
 
     Args:
-        config: an ordinary run; `scheme` goes before that of `how`. Space and method are
-            `how.space` and "auto" where the configuration names none.
-        how: what is rounded and where training starts.
-        texts: tasks to be measured before and after as well, such as "wikitext2", "ptb" and
-            "tinystories"; the run's own task always is.
+        config: an ordinary run; its `scheme`, if any, goes before that of `how`. Space and method
+            are `how.space` and "auto" where it names none. A run is resumed by the same call: the
+            search finds the same start again, and the journal goes on from there.
+        how: what is rounded, and where training starts.
+        texts: tasks to be measured before and after besides the run's own, such as "wikitext2",
+            "ptb" and "tinystories".
         model, task: objects instead of the configuration's names.
 
     Raises:
@@ -119,19 +120,70 @@ def zeroqat(
     if config.scheme is not None:
         how = dataclasses.replace(how, scheme=config.scheme)
     config = dataclasses.replace(config, scheme=None, space=config.space or how.space)
+    use_threads(config.threads)
     task = task or open_task(config)
     measured = {task.name: task, **{name: tasks.get(name) for name in texts}}
     loaded = open_model(config, model)
     if loaded.format != "float":
-        raise BadInput(f"{loaded.path} is quantized already; training through rounding starts from "
-                       "the float model")  # fmt: skip
+        raise BadInput(
+            f"{loaded.path} is quantized already; training through rounding starts from floats"
+        )
     numbers: dict[str, dict[str, float]] = {name: {} for name in measured}
-    _measure(numbers, "float", measured, loaded, config)
-    refused = folding(loaded.model).refused
+
+    def note(state: str) -> None:
+        for name, each in measured.items():
+            prepared = each.prepare(loaded)
+            numbers[name][state] = measure(config, each, prepared, final_split(each))[each.metric]
+            log.info("%s, %s: %s %.4f", name, state, each.metric, numbers[name][state])
+
+    note("float")
+    refused = fake_(loaded.model, how)
+    note("rtn")
     began = time.perf_counter()
-    for state in prepare_(loaded, task, how, config):
-        _measure(numbers, state, measured, loaded, config)
+    start_(loaded, task, how, config)
     seconds = time.perf_counter() - began
+    note("start")
     result = train(config, model=loaded, task=task)
-    _measure(numbers, "after", measured, loaded, config)
-    return Outcome(result, numbers, refused, seconds, loaded)
+    note("after")
+    return Outcome(result, numbers, refused, seconds)
+
+
+def fake_(model: nn.Module, how: Preparation) -> dict[str, str]:
+    """Replace the model's layers; the ones whose inputs cannot be transformed, with the reason."""
+    found = folding(model)
+    names = fake_quantize_(model, how.scheme, how.exclude)
+    attach_(model, found.folds if how.smooth else ())
+    log.info("%d layers are trained through their rounding to %s", len(names), how.scheme)
+    refused = {name: why for name, why in found.refused.items() if name in names}
+    if how.smooth and refused:
+        first, why = next(iter(refused.items()))
+        log.warning("the inputs of %d layers are not transformed, such as those of %s: %s",
+                    len(refused), first, why)  # fmt: skip
+    return refused
+
+
+def start_(loaded: Loaded, task: Task, how: Preparation, config: TrainConfig) -> None:
+    """Search where training starts, on the first training examples of the run."""
+    prepared = task.prepare(loaded)
+    batches = Batches(task, train_split(task), config.per_device_train_batch_size, config.seed)
+    count = -(-min(how.examples, len(batches.examples)) // batches.size)
+
+    def run() -> None:
+        for step in range(count):
+            task.losses(prepared, batches[step].to(config.device))
+
+    unused = search.search_(
+        loaded.model, run, smooth=how.smooth, clip=how.clip, compensate=how.compensate,
+        clip_inputs=how.clip_inputs,
+    )  # fmt: skip
+    if unused:
+        log.warning("%d layers are not used by this task and are rounded to nearest: %s",
+                    len(unused), ", ".join(unused[:5]))  # fmt: skip
+    if how.light:
+        kept = [name for name in fake_layers(loaded.model)
+                if re.search(QUERY_VALUE, f"{name}.weight")]  # fmt: skip
+        if not kept:
+            raise BadInput("this model has no query and value projections known by name; leave "
+                           "light out and choose with latents(pattern=...)")  # fmt: skip
+        frozen = freeze_(loaded.model, kept)
+        log.info("%d layers are quantized for good, %d are tuned", len(frozen), len(kept))

@@ -19,8 +19,19 @@ from zotune.errors import BadInput
 SPACES: dict[str, type[SpaceSpec]] = {
     kind.__name__.lower(): kind
     for kind in (
-        Weights, Norms, Biases, Head, Scales, Zeros, Codes, Lora, Adapter, Latents, Clipping,
-        Transforms, Activations,
+        Weights,
+        Norms,
+        Biases,
+        Head,
+        Scales,
+        Zeros,
+        Codes,
+        Lora,
+        Adapter,
+        Latents,
+        Clipping,
+        Transforms,
+        Activations,
     )
 }
 

@@ -22,7 +22,9 @@ def thresholds(model: nn.Module, spec: SpaceSpec, sides: Sequence[str], what: st
         if getattr(layer, side) is not None
     }
     if not owners:
-        raise BadInput(f"this model has no {what} to tune; use a scheme that ends in -a4 or the like")
+        raise BadInput(
+            f"this model has no {what} to tune; use a scheme that ends in -a4 or the like"
+        )
     wanted = matching(owners, getattr(spec, "pattern", None))
     return Space(
         FloatBlock.of(name, owner.tensor, [owner], **spec.options)

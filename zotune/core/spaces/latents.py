@@ -10,6 +10,9 @@ from zotune.core.block import FloatBlock, Owner
 from zotune.core.space import Observe, Space, SpaceSpec, matching
 from zotune.quant.qat.layer import only_fake
 
+QUERY_VALUE = r"(^|\.)(q_proj|v_proj|query|value|c_attn|q_lin|v_lin)\.weight$"
+"""The projections that ZeroQAT's light variant tunes; GPT-2 keeps its keys in the same layer."""
+
 
 @dataclass(frozen=True)
 class Latents(SpaceSpec):

@@ -187,7 +187,9 @@ class FakeQuantLinear(nn.Module):
         """Values of channels (..., channels) once per input column: (..., 1, in)."""
         return channels[..., self.places].unsqueeze(-2)
 
-    def ends(self, weight: Tensor | None = None, point: Point | None = None) -> tuple[Tensor, Tensor]:
+    def ends(
+        self, weight: Tensor | None = None, point: Point | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The clipped extremes of every group, between which the grid lies: (..., out, groups)."""
         point = point or self.point()
         low, high = self._extremes(self.transformed(point)[0] if weight is None else weight)
@@ -195,9 +197,10 @@ class FakeQuantLinear(nn.Module):
 
     @torch.no_grad()
     def pin_(self, low: Tensor, high: Tensor) -> None:
-        """Set the thresholds so that the grid of the weights as they are lies between these ends;
-        a group whose weights stay far below an end keeps half of it."""
-        for side, own, end in zip((self.lower, self.upper), self._extremes(), (low, high)):
+        """Set the thresholds so that the grid of the weights as they are lies between these ends,
+        as far as weights reach to half of them: a threshold is at most twice an extreme."""
+        ends = zip((self.lower, self.upper), self._extremes(), (low, high), strict=True)
+        for side, own, end in ends:
             share = torch.where(own == 0, 1.0, end / own)
             side.copy_(share.clamp_min(math.exp(LEAST)).log().clamp(LEAST, MOST))
 

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from zotune.errors import BadInput
 from zotune.quant.affine import Scheme
 from zotune.quant.calibrate.folding import Fold, fold_
 from zotune.quant.linear import QuantLinear
-from zotune.quant.model import DEFAULT_EXCLUDE, excluded, float_linears, replace_, shared_weights
+from zotune.quant.model import DEFAULT_EXCLUDE, choose, replace_
 from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
 
 log = logging.getLogger("zotune")
@@ -35,17 +34,10 @@ def fake_quantize_(
     ['0']
     """
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    shared = shared_weights(model)
     fresh = {
         name: FakeQuantLinear.from_linear(module, scheme, name)
-        for name, module in float_linears(model)
-        if id(module.weight) not in shared and not excluded(name, exclude)
+        for name, module in choose(model, scheme, exclude).items()
     }
-    if not fresh:
-        raise BadInput(
-            f"no layer to quantize in {type(model).__name__}: it has no linear layer outside "
-            f"exclude={tuple(exclude)} with a weight of its own"
-        )
     for name, layer in fresh.items():
         replace_(model, name, layer)
     return list(fresh)

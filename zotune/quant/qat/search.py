@@ -7,7 +7,7 @@ that of the layer's output, so no backward pass is needed anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from zotune.errors import BadInput
 from zotune.quant import affine
-from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
 from zotune.quant.calibrate.folding import Fold
 from zotune.quant.calibrate.gptq import inverse_factor
+from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
 from zotune.quant.qat.prepare import folds_on
 
 STRENGTHS: Final = tuple(k / 10 for k in range(11))
@@ -28,25 +28,71 @@ TOKENS: Final = 8192
 """Tokens of a batch that a layer is searched on, at most."""
 
 
+def search_(
+    model: nn.Module,
+    run: Callable[[], object],
+    *,
+    smooth: bool = True,
+    clip: bool = True,
+    compensate: bool = True,
+    clip_inputs: bool = False,
+) -> list[str]:
+    """Choose where training starts: transforms first, as the float model sees its inputs; then the
+    layers in the order in which they run, each behind the rounded ones before it.
+
+    Args:
+        model: with fake-quantized layers.
+        run: runs some batches through it.
+
+    Returns:
+        names of the layers that were never run, which start at rounding to nearest.
+
+    Raises:
+        BadInput: for activations that are not finite.
+    """
+    with recording(model) as inputs, exact(model), torch.no_grad():
+        run()
+    if smooth:
+        smooth_(model, inputs)
+    groups: dict[int, list[str]] = {}
+    for name, x in inputs.items():
+        _check(name, x)
+        groups.setdefault(id(x), []).append(name)
+    layers = fake_layers(model)
+    for names in groups.values():
+        with recording(model, names) as seen, torch.no_grad():
+            run()
+        for name in names:
+            if clip:
+                clip_(layers[name], seen[name])
+            if compensate:
+                compensate_(layers[name], seen[name], name)
+            if clip_inputs:
+                clip_inputs_(layers[name], seen[name])
+    return [name for name in layers if name not in inputs]
+
+
 @contextmanager
 def recording(
     model: nn.Module, names: Collection[str] | None = None, tokens: int = TOKENS
 ) -> Iterator[dict[str, Tensor]]:
-    """Inputs (tokens, in) of the fake-quantized layers, or of those named, while the block runs.
+    """Inputs (tokens, in) of the fake-quantized layers, or of those named, in the order in which
+    they run; there when the block has ended. Layers that read one tensor share one record.
 
-    Layers that read one tensor share one record; `tokens` is the most that one batch gives.
+    tokens: the most that one batch gives.
     """
     layers, found = fake_layers(model), dict[str, Tensor]()
-    last: dict[str, Any] = {"input": None, "rows": None}
+    rows: dict[str, list[Tensor]] = {}
+    same: dict[str, str] = {}
+    last: list[Any] = [None, ""]
 
     def watch(name: str) -> Any:
         def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args[0] is not last["input"]:
-                rows = args[0].detach().flatten(0, -2)
-                step = math.ceil(len(rows) / tokens) or 1
-                last.update(input=args[0], rows=rows[::step].float())
-            held = found.get(name)
-            found[name] = last["rows"] if held is None else torch.cat([held, last["rows"]])
+            if args[0] is not last[0]:
+                last[:] = args[0], name
+                x = args[0].detach().flatten(0, -2)
+                rows.setdefault(name, []).append(x[:: math.ceil(len(x) / tokens) or 1].float())
+            same[name] = last[1]
 
         return seen
 
@@ -61,6 +107,8 @@ def recording(
         last.clear()
         for handle in handles:
             handle.remove()
+    whole = {name: torch.cat(parts) for name, parts in rows.items()}
+    found.update({name: whole[first] for name, first in same.items()})
 
 
 @contextmanager
@@ -80,18 +128,13 @@ def exact(model: nn.Module) -> Iterator[None]:
 def smooth_(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     """Choose each fold's transform: s_c = max|x_c|^a / max|w_c|^(1-a) with the strength a, and the
     shift, if any, of the least error (SmoothQuant 2022, arXiv 2211.10438; searched as AWQ does,
-    2306.00978). Where no transform helps, none is left.
-
-    Raises:
-        BadInput: for activations that are not finite.
-    """
+    2306.00978). Where no transform helps, none is left."""
     layers = fake_layers(model)
     for fold in folds_on(model):
         readers = [layers[name] for name in fold.targets]
         x = inputs.get(fold.targets[0])
         if x is None:
             continue  # never called by this text
-        _check(fold.targets[0], x)
         first = readers[0]
         assert first.log_scale is not None
         wanted = [layer_output(layer, x, False) for layer in readers]
@@ -141,14 +184,9 @@ def layer_output(layer: FakeQuantLinear, x: Tensor, rounding: bool = True) -> Te
 
 
 @torch.no_grad()
-def clip_(layer: FakeQuantLinear, x: Tensor, name: str = "layer") -> None:
+def clip_(layer: FakeQuantLinear, x: Tensor) -> None:
     """Choose alpha and beta of every group by the error of the layer's output, both alike first
-    and then each by itself. Groups of a row are searched as if the others were exact.
-
-    Raises:
-        BadInput: for activations that are not finite.
-    """
-    _check(name, x)
+    and then each by itself. Groups of a row are searched as if the others were exact."""
     seen, groups = layer.inputs(x), layer.upper.shape[1]
     width = layer.scheme.group_size or layer.in_features
     columns = affine.in_groups(seen, groups, layer.scheme.group_size)  # (tokens, groups, width)
@@ -178,11 +216,7 @@ def compensate_(layer: FakeQuantLinear, x: Tensor, name: str = "layer") -> None:
     2210.17323), on the layer's grid as it is; what is rounded later is what GPTQ would round.
 
     The thresholds, shares of the weights' new extremes, are set so that the grid stays.
-
-    Raises:
-        BadInput: for activations that are not finite.
     """
-    _check(name, x)
     seen, (weight, _), point = layer.inputs(x).double(), layer.transformed(), layer.point()
     low, high = layer.ends()
     scale, zero = affine.grid(low, high, layer.scheme)
