@@ -168,9 +168,13 @@ def start_(loaded: Loaded, task: Task, how: Preparation, config: TrainConfig) ->
     batches = Batches(task, train_split(task), config.per_device_train_batch_size, config.seed)
     count = -(-min(how.examples, len(batches.examples)) // batches.size)
 
-    def run() -> None:
+    def run() -> float:
+        total = whole = 0.0
         for step in range(count):
-            task.losses(prepared, batches[step].to(config.device))
+            loss, weight = task.losses(prepared, batches[step].to(config.device))
+            total += float((loss.double() * weight).sum())
+            whole += float(weight.double().sum())
+        return total / max(whole, 1e-30)
 
     unused = search.search_(
         loaded.model, run, smooth=how.smooth, clip=how.clip, compensate=how.compensate,

@@ -28,9 +28,12 @@ TOKENS: Final = 8192
 """Tokens of a batch that a layer is searched on, at most."""
 
 
+Run = Callable[[], float]
+
+
 def search_(
     model: nn.Module,
-    run: Callable[[], object],
+    run: Run,
     *,
     smooth: bool = True,
     clip: bool = True,
@@ -42,7 +45,7 @@ def search_(
 
     Args:
         model: with fake-quantized layers.
-        run: runs some batches through it.
+        run: runs some batches through it; their mean loss.
 
     Returns:
         names of the layers that were never run, which start at rounding to nearest.
@@ -53,7 +56,7 @@ def search_(
     with recording(model) as inputs, exact(model), torch.no_grad():
         run()
     if smooth:
-        smooth_(model, inputs)
+        smooth_(model, inputs, run)
     groups: dict[int, list[str]] = {}
     for name, x in inputs.items():
         _check(name, x)
@@ -125,47 +128,56 @@ def exact(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def smooth_(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+def smooth_(model: nn.Module, inputs: dict[str, Tensor], run: Run) -> None:
     """Choose each fold's transform: s_c = max|x_c|^a / max|w_c|^(1-a) with the strength a, and the
-    shift, if any, of the least error (SmoothQuant 2022, arXiv 2211.10438; searched as AWQ does,
-    2306.00978). Where no transform helps, none is left."""
-    layers = fake_layers(model)
+    shift, if any, of the least error at the outputs of the fold's layers (SmoothQuant 2022, arXiv
+    2211.10438; searched as AWQ does, 2306.00978). It stays where it lowers the model's loss."""
+    layers, best = fake_layers(model), run()
     for fold in folds_on(model):
-        readers = [layers[name] for name in fold.targets]
         x = inputs.get(fold.targets[0])
         if x is None:
             continue  # never called by this text
-        first = readers[0]
-        assert first.log_scale is not None
-        wanted = [layer_output(layer, x, False) for layer in readers]
-        best, kept = math.inf, (first.log_scale.clone(), first.shift)
-        for log_scale, shift in _transforms(fold, readers, x):
-            first.log_scale.copy_(log_scale)
-            if first.shift is not None and shift is not None:
-                first.shift.copy_(shift)
-            pairs = zip(readers, wanted, strict=True)
-            error = sum(float((layer_output(r, x) - y).square().sum()) for r, y in pairs)
-            if error < best:
-                best, kept = error, (log_scale, shift)
-        first.log_scale.copy_(kept[0])
-        if first.shift is not None and kept[1] is not None:
-            first.shift.copy_(kept[1])
+        readers = [layers[name] for name in fold.targets]
+        _set_(readers[0], *_least(fold, readers, x))
+        loss = run()
+        if loss < best:
+            best = loss
+        else:
+            _set_(readers[0], torch.zeros(fold.channels, device=x.device), None)
+
+
+def _least(
+    fold: Fold, readers: Sequence[FakeQuantLinear], x: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The transform of the least error at the readers' outputs."""
+    wanted = [layer_output(layer, x, False) for layer in readers]
+    errors, tried = [], list(_transforms(fold, readers, x))
+    for transform in tried:
+        _set_(readers[0], *transform)
+        pairs = zip(readers, wanted, strict=True)
+        errors.append(sum(float((layer_output(r, x) - y).square().sum()) for r, y in pairs))
+    return tried[errors.index(min(errors))]
+
+
+def _set_(layer: FakeQuantLinear, log_scale: Tensor, shift: Tensor | None) -> None:
+    """Write a transform, which all layers with this input share; None shifts nothing."""
+    assert layer.log_scale is not None
+    layer.log_scale.copy_(log_scale)
+    if layer.shift is not None:
+        layer.shift.copy_(torch.zeros_like(layer.shift) if shift is None else shift)
 
 
 def _transforms(
     fold: Fold, readers: Sequence[FakeQuantLinear], x: Tensor
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Candidates: no transform first, then every strength, without a shift and with one."""
-    first = readers[0]
     nothing = torch.zeros(fold.channels, device=x.device)
-    shifts: list[Tensor | None] = [None]
-    if fold.shifts:
-        shifts = [nothing, (fold.reduced(x.amax(0)) - fold.reduced(-x.amin(0))) / 2]
+    middle = (fold.reduced(x.amax(0)) - fold.reduced(-x.amin(0))) / 2
     weight = torch.stack([layer.weight.float().abs().amax(0) for layer in readers]).amax(0)
     columns = fold.reduced(weight)
-    for shift in shifts:
+    for shift in (None, middle) if fold.shifts else (None,):
         yield nothing, shift
-        moved = x if shift is None else x - shift[first.places]
+        moved = x if shift is None else x - shift[readers[0].places]
         largest = fold.reduced(moved.abs().amax(0))
         empty = (largest == 0) | (columns == 0)  # nothing to balance: the channel is left alone
         for strength in STRENGTHS:
