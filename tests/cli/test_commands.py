@@ -139,6 +139,32 @@ def test_quantize_then_evaluate(zotune: Any, llama_folder: Path, tmp_path: Path)
     assert found.json["metric"] == "perplexity"
 
 
+def test_quantize_by_calibration_into_another_format(
+    zotune: Any, llama_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = ["--model", llama_folder, "--method", "awq + gptq(act_order=True)", "--data", data]
+    out = tmp_path / "q"
+    made = zotune(
+        "quantize", *flags, "--scheme", "int4-g8", "--format", "compressed-tensors",
+        "--samples", "4", "--length", "16", "--out", out, "--json",
+    )  # fmt: skip
+    assert made.code == 0, made.err
+    assert made.json["calibrated_on"] == 4 * 16
+    assert '"pack-quantized"' in (out / "config.json").read_text()
+    again = zotune("quantize", "--model", out, "--scheme", "int4-g8", "--out", tmp_path / "r")
+    assert "already quantized (compressed-tensors)" in again.error
+    wrong = zotune(
+        "quantize", *flags, "--scheme", "int4-g8", "--format", "gguf", "--out", tmp_path / "r"
+    )
+    assert "use one of int8-g32" in wrong.error
+
+
+def test_list_formats_says_what_can_be_written(zotune: Any) -> None:
+    rows = {row["name"]: row for row in zotune("list", "formats", "--json").json["formats"]}
+    assert "Q4_0" in rows["gguf"]["written"]
+    assert rows["hqq"]["written"] == ""
+
+
 def test_show_mask(zotune: Any, llama_folder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"question {i} ", "completion": f"answer {i}"} for i in range(8)]
     file = tmp_path / "sft.jsonl"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from zotune.errors import BadInput
@@ -45,39 +44,44 @@ def quantize_model(
     model_name_or_path: str = "",
     output_dir: str = "",
     scheme: str = "int4-g64",
+    method: str = "rtn",
+    format: str = "zotune",
+    data: str = "",
+    samples: int = 128,
+    length: int = 512,
+    text_field: str = "text",
     exclude: list[str] | None = None,
     dtype: str = "auto",
+    threads: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Quantize a float model to nearest and save it.
+    """Quantize a float model and save it.
 
     Args:
         model_name_or_path: folder or hub id. Alias: model.
         output_dir: where to; must be new or empty. Alias: out.
         scheme: "int4-g64", "int8-channel", "int4-g64-asym", "int8-channel-a8", ...
+        method: "rtn" (to nearest), "gptq", "awq", "smoothquant", "awq + gptq(act_order=True)", ...
+        format: what to write: "zotune", "gptq", "gptq_v2", "compressed-tensors", "gguf".
+        data: text that methods look at: a file, a folder, a datasets name.
+        samples: windows of text.
+        length: tokens of a window.
+        text_field: the column that holds the text.
         exclude: names or patterns of layers to leave alone; the output layer when null.
         dtype: of the tensors that stay float.
+        threads: CPU threads.
         trust_remote_code: let Python files of the checkpoint run.
     """
-    from zotune.quant import QuantLinear
-    from zotune.training import load_model, write_model
+    from zotune.training.folders import use_threads
+    from zotune.training.quantize import quantize
 
     _need(model_name_or_path, output_dir)
-    folder = Path(output_dir).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"output_dir {folder} is not empty; give another folder")
-    chosen = {} if exclude is None else {"exclude": tuple(exclude)}
-    loaded = load_model(
-        model_name_or_path,
-        scheme=scheme,
-        dtype=dtype,
+    use_threads(threads)
+    return quantize(
+        model_name_or_path, output_dir, scheme, method=method, format=format, data=data,
+        samples=samples, length=length, text_field=text_field, exclude=exclude, dtype=dtype,
         trust_remote_code=trust_remote_code,
-        **chosen,
-    )
-    write_model(loaded.model, folder, loaded)
-    layers = [m for m in loaded.model.modules() if isinstance(m, QuantLinear)]
-    size = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
-    return {"out": str(folder), "scheme": scheme, "layers": len(layers), "bytes": size}
+    )  # fmt: skip
 
 
 def replay_run(

@@ -48,13 +48,16 @@ def tasks() -> Rows:
 
 
 def formats() -> Rows:
+    from zotune.quant.export import exporters
     from zotune.quant.formats import formats as known
 
+    written = exporters()
     return [
         {
             "name": name,
             "summary": (inspect.getdoc(format) or "").split("\n")[0],
             "tunable": list(format.tunable),
+            "written": written[name].schemes if name in written else "",
         }
         for name, format in known().items()
     ]

@@ -17,6 +17,7 @@ from zotune.models import Loaded, PooledClassifier
 from zotune.models import load as load_checkpoint
 from zotune.models.adapter import adapters, attach, detach, fold_, load_peft, save_peft
 from zotune.quant import formats
+from zotune.quant.export import Exporter, export_
 from zotune.quant.formats.folder import replace_folder
 from zotune.quant.qat import quantize_
 from zotune.training.journal import NAME as JOURNAL
@@ -40,8 +41,9 @@ def load_model(path: str | Path, **options: Any) -> Loaded:
     return loaded
 
 
-def write_model(model: nn.Module, folder: Path, source: Loaded) -> Path:
-    """Save in the format it came in, adapters as a PEFT folder inside; whole or not at all.
+def write_model(model: nn.Module, folder: Path, source: Loaded, to: Exporter | None = None) -> Path:
+    """Save in the format it came in, or in another; adapters as a PEFT folder inside. Whole or not
+    at all.
 
     Raises:
         ZotuneError: the disk is full; the old folder is intact.
@@ -49,7 +51,7 @@ def write_model(model: nn.Module, folder: Path, source: Loaded) -> Path:
     try:
         with replace_folder(folder) as fresh:
             with without_adapters(model) as had:
-                _write_checkpoint(model, fresh, source)
+                _write_checkpoint(model, fresh, source, to)
             if had:
                 save_peft(model, fresh / ADAPTER, str(source.path), _prefix(model))
     except OSError as error:
@@ -61,12 +63,14 @@ def write_model(model: nn.Module, folder: Path, source: Loaded) -> Path:
     return folder
 
 
-def _write_checkpoint(model: nn.Module, folder: Path, source: Loaded) -> None:
+def _write_checkpoint(model: nn.Module, folder: Path, source: Loaded, to: Exporter | None) -> None:
+    files = source.path if source.path.is_dir() else None
+    if to is not None:
+        export_(model, folder, to, source=files, tokenizer=source.tokenizer)
+        return
     inner = model.saved_model if isinstance(model, formats.Wrapper) else model
     if hasattr(inner, "save_pretrained"):
-        formats.write(
-            model, folder, source.path if source.path.is_dir() else None, tokenizer=source.tokenizer
-        )
+        formats.write(model, folder, files, tokenizer=source.tokenizer)
         return
     from safetensors.torch import save_model
 

@@ -195,8 +195,7 @@ def _replace_(
     gram = None if moments is None else moments.gram
     values = rounder.round(matrix(old), grid, gram, name)
     layer = QuantLinear.from_codes(old, grid.scheme, *values)
-    if grid.stored in (torch.float16, torch.float32):
-        layer.scale_dtype = grid.stored
+    layer.scale_dtype = grid.stored
     replace_(model, name, layer)
 
 

@@ -38,6 +38,7 @@ from zotune.quant.formats.layout import (
     Values,
     check_tensors,
     column_order,
+    group_index,
     whole_zeros,
 )
 from zotune.quant.formats.scales import DividedScales, FloatScales, PowerScales, Scales
@@ -177,6 +178,16 @@ class CompressedLayout(Layout):
                 to_words(packed, bits).t() if self.packed else zero.to(torch.int8)
             )
         return {k: v.contiguous() for k, v in stored.items()}
+
+    def whole(self, values: Values) -> dict[str, Tensor]:
+        """The above with the shape and, where columns were moved, the groups of packed codes."""
+        stored = self.encode(values)
+        if self.packed:
+            stored["weight_shape"] = torch.tensor([self.rows, self.columns])
+        if values.order is not None:
+            size = self.scheme.group_size
+            stored["weight_g_idx"] = group_index(values.order, self.columns, size)
+        return stored
 
     def rounded(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scales as they are stored, whole zeros within the codes' range."""

@@ -31,6 +31,7 @@ from zotune.quant.formats.layout import (
     Values,
     check_tensors,
     column_order,
+    group_index,
     whole_zeros,
 )
 from zotune.quant.formats.shards import Entry
@@ -140,6 +141,12 @@ class GptqLayout(Layout):
                 (whole_zeros(zero, bits).t() + half).to(torch.uint8)
             )
         return stored
+
+    def whole(self, values: Values) -> dict[str, Tensor]:
+        """The above with zeros, also where all are 0, and g_idx."""
+        zero = torch.zeros_like(values.scale) if values.zero is None else values.zero
+        index = group_index(values.order, self.columns, self.scheme.group_size)
+        return self.encode(values._replace(zero=zero)) | {"g_idx": index}
 
     def rounded(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scales of the stored dtype, whole zeros within the codes' range."""

@@ -56,6 +56,10 @@ class Layout(ABC):
     def encode(self, values: Values) -> dict[str, Tensor]:
         """The tensors that tuning can change, in the dtype and shape in which they are stored."""
 
+    def whole(self, values: Values) -> dict[str, Tensor]:
+        """All of the layer's tensors, those included that tuning cannot change."""
+        return self.encode(values)
+
     @abstractmethod
     def rounded(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scale and zero, float32, as they come back from the checkpoint."""
@@ -127,6 +131,16 @@ def column_order(g_idx: Tensor | None, group_size: int | None) -> Tensor | None:
             "such a layer is not read"
         )
     return order.to(torch.int32)
+
+
+def group_index(order: Tensor | None, columns: int, group_size: int | None) -> Tensor:
+    """g_idx, each input's group, int32 (in,): the inverse of `column_order`.
+
+    >>> group_index(torch.tensor([1, 2, 0, 3]), 4, 2).tolist()
+    [1, 0, 0, 1]
+    """
+    groups = (torch.arange(columns) // (group_size or columns)).to(torch.int32)
+    return groups if order is None else groups[torch.argsort(order)]
 
 
 def check_tensors(

@@ -1,0 +1,100 @@
+"""compressed-tensors folders for vLLM, llm-compressor and transformers.
+
+Weights alone are pack-quantized (W4A16 and other widths); with activations of 8 bits per token they
+are int-quantized (W8A8). Layers that stay float are named under `ignore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from zotune.quant.affine import COMMON_BITS, Scheme
+from zotune.quant.export.safetensors import left_float, write_layers_
+from zotune.quant.formats.compressed_tensors import CompressedLayout
+from zotune.quant.formats.origin import quantized
+from zotune.quant.formats.scales import FloatScales
+from zotune.quant.linear import QuantLinear
+
+# The library whose config.json this is, as far as readers look at its version.
+LIBRARY: Final = "0.20.0"
+PER_TOKEN: Final = {
+    "num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True,
+}  # fmt: skip
+
+
+class CompressedTensorsExporter:
+    """pack-quantized without, int-quantized with quantized activations."""
+
+    name: Final = "compressed-tensors"
+    schemes: Final = "int2, int3, int4, int8 -gN or -channel, -asym or not; int8-channel-a8"
+
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Packed widths, and W8A8 per channel."""
+        if scheme.bits not in COMMON_BITS:
+            return "bits are 2, 3, 4 or 8; use int4 or int8, or format 'gguf'"
+        if scheme.granularity == "tensor":
+            return f"scales are per group or channel; use int{scheme.bits}-channel"
+        if scheme.act_bits and (scheme.bits, scheme.granularity) != (8, "channel"):
+            return "with 8-bit activations weights have 8 bits per channel; use int8-channel-a8"
+        if scheme.act_bits and not scheme.symmetric:
+            return "engines multiply symmetric int8 weights; use int8-channel-a8"
+        return None
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The model's."""
+        return dtype
+
+    def check(self, model: nn.Module, layers: Mapping[str, nn.Linear], scheme: Scheme) -> None:
+        """Anything goes."""
+
+    def write_(self, model: nn.Module, folder: Path, tokenizer: Any) -> None:
+        """weight_packed or weight, weight_scale, and what goes with them."""
+        layers = dict(quantized(model))
+        layouts = {name: _layout(layer) for name, layer in layers.items()}
+        write_layers_(model, folder, layouts, _record(model, list(layers.values())))
+
+
+def _layout(layer: QuantLinear) -> CompressedLayout:
+    rows, columns, scheme = layer.out_features, layer.in_features, layer.scheme
+    scales = FloatScales(scheme.scale_shape(rows, columns), layer.scale_dtype)
+    return CompressedLayout(scheme, rows, columns, not scheme.act_bits, scales)
+
+
+def _record(model: nn.Module, layers: list[QuantLinear]) -> dict[str, Any]:
+    scheme = layers[0].scheme
+    kind = "int-quantized" if scheme.act_bits else "pack-quantized"
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": scheme.granularity,
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+    if any(layer.order is not None for layer in layers):
+        weights["actorder"] = "group"
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": PER_TOKEN if scheme.act_bits else None,
+        "output_activations": None,
+        "format": kind,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": kind,
+        "config_groups": {"group_0": group},
+        "ignore": left_float(model),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": LIBRARY,
+    }
+
+
+EXPORTS = (CompressedTensorsExporter(),)

@@ -1,0 +1,74 @@
+"""Folders of safetensors whose quantized layers lie as a `Layout` says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune.errors import BadInput
+from zotune.quant.formats.layout import Layout, values_of
+from zotune.quant.formats.origin import float_tensors, quantized
+from zotune.quant.formats.tensors import read_json
+from zotune.quant.linear import QuantLinear
+
+
+def write_layers_(
+    model: nn.Module, folder: Path, layouts: Mapping[str, Layout], record: Mapping[str, Any]
+) -> None:
+    """Config with `record` as its quantization_config, and the tensors in shards of 5 GB.
+
+    Every layer keeps its layout and is rounded to it.
+
+    Raises:
+        BadInput: if the model has no config.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        raise BadInput(f"{type(model).__name__} has no config to save; give a transformers model")
+    config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    saved = read_json(folder / "config.json")
+    saved["architectures"] = [type(model).__name__]
+    saved["dtype"] = str(float_dtype(model)).removeprefix("torch.")
+    saved["quantization_config"] = dict(record)
+    text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    tensors = _stored_once(float_tensors(model))
+    for name, layer in quantized(model):
+        layer.storage = layouts[name]
+        layer.round_to_storage_()
+        for part, tensor in layouts[name].whole(values_of(layer)).items():
+            tensors[f"{name}.{part}"] = tensor
+    save_torch_state_dict(tensors, folder)
+
+
+def _stored_once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """A tied tensor under its first name alone."""
+    found: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+    for name, tensor in named:
+        found.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), (name, tensor))
+    return dict(found.values())
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """Of the first float parameter."""
+    found = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(found, torch.float32)
+
+
+def left_float(model: nn.Module) -> list[str]:
+    """Names of linear layers that are not quantized."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, QuantLinear)
+    ]
