@@ -19,23 +19,27 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from zotune import tasks
 from zotune.core.spaces.latents import QUERY_VALUE
 from zotune.errors import BadInput
 from zotune.models import Loaded
+from zotune.quant.affine import Scheme
 from zotune.quant.calibrate.folding import folding
-from zotune.quant.model import DEFAULT_EXCLUDE
+from zotune.quant.export import Exporter, exporter
+from zotune.quant.model import DEFAULT_EXCLUDE, choose
 from zotune.quant.qat import attach_, fake_layers, fake_quantize_, freeze_, search
 from zotune.tasks.task import Task
 from zotune.training.assemble import final_split, measure
 from zotune.training.batches import Batches
 from zotune.training.config import TrainConfig
-from zotune.training.folders import use_threads
+from zotune.training.folders import use_threads, write_model
 from zotune.training.loop import train
 from zotune.training.opening import open_model, open_task, train_split
 from zotune.training.report import Result
@@ -98,6 +102,7 @@ def zeroqat(
     config: TrainConfig,
     how: Preparation | None = None,
     *,
+    format: str = "zotune",
     texts: Sequence[str] = (),
     model: Loaded | None = None,
     task: Task | None = None,
@@ -109,6 +114,7 @@ def zeroqat(
             are `how.space` and "auto" where it names none. A run is resumed by the same call: the
             search finds the same start again, and the journal goes on from there.
         how: what is rounded, and where training starts.
+        format: what `model/` is written in; see `zotune.quant.export`.
         texts: tasks to be measured before and after besides the run's own, such as "wikitext2",
             "ptb" and "tinystories".
         model, task: objects instead of the configuration's names.
@@ -121,6 +127,7 @@ def zeroqat(
         how = dataclasses.replace(how, scheme=config.scheme)
     config = dataclasses.replace(config, scheme=None, space=config.space or how.space)
     use_threads(config.threads)
+    to = _exporter(format, how)
     task = task or open_task(config)
     measured = {task.name: task, **{name: tasks.get(name) for name in texts}}
     loaded = open_model(config, model)
@@ -128,6 +135,8 @@ def zeroqat(
         raise BadInput(
             f"{loaded.path} is quantized already; training through rounding starts from floats"
         )
+    to.check(loaded.model, choose(loaded.model, Scheme.parse(how.scheme), how.exclude),
+             Scheme.parse(how.scheme))  # fmt: skip
     numbers: dict[str, dict[str, float]] = {name: {} for name in measured}
 
     def note(state: str) -> None:
@@ -137,21 +146,39 @@ def zeroqat(
             log.info("%s, %s: %s %.4f", name, state, each.metric, numbers[name][state])
 
     note("float")
-    refused = fake_(loaded.model, how)
+    dtype = next(p.dtype for p in loaded.model.parameters() if p.is_floating_point())
+    refused = fake_(loaded.model, how, to.scale_dtype(dtype))
     note("rtn")
     began = time.perf_counter()
     start_(loaded, task, how, config)
     seconds = time.perf_counter() - began
     note("start")
     result = train(config, model=loaded, task=task)
+    if to.name != "zotune":
+        write_model(loaded.model, config.out / "model", loaded, to)
     note("after")
     return Outcome(result, numbers, refused, seconds)
 
 
-def fake_(model: nn.Module, how: Preparation) -> dict[str, str]:
-    """Replace the model's layers; the ones whose inputs cannot be transformed, with the reason."""
+def _exporter(format: str, how: Preparation) -> Exporter:
+    to = exporter(format, Scheme.parse(how.scheme))
+    if how.clip_inputs and to.name != "zotune":
+        raise BadInput(
+            f"format {format!r} has no place for clipped activations; leave clip_inputs and the "
+            "space 'activations' out, or use format 'zotune'"
+        )
+    return to
+
+
+def fake_(
+    model: nn.Module, how: Preparation, stored: torch.dtype = torch.float32
+) -> dict[str, str]:
+    """Replace the model's layers, whose scales the file will hold in `stored`; the layers whose
+    inputs cannot be transformed, with the reason."""
     found = folding(model)
     names = fake_quantize_(model, how.scheme, how.exclude)
+    for layer in fake_layers(model).values():
+        layer.scale_dtype = stored if stored == torch.float16 else torch.float32
     attach_(model, found.folds if how.smooth else ())
     log.info("%d layers are trained through their rounding to %s", len(names), how.scheme)
     refused = {name: why for name, why in found.refused.items() if name in names}
@@ -191,3 +218,35 @@ def start_(loaded: Loaded, task: Task, how: Preparation, config: TrainConfig) ->
                            "light out and choose with latents(pattern=...)")  # fmt: skip
         frozen = freeze_(loaded.model, kept)
         log.info("%d layers are quantized for good, %d are tuned", len(frozen), len(kept))
+
+
+def quantize_aware(
+    options: Mapping[str, Any], scheme: str, format: str, exclude: Sequence[str] | None, **run: Any
+) -> dict[str, Any]:
+    """`zotune quantize --method "zeroqat(...)"`: options of `Preparation`, of an ordinary run
+    (steps, method, space, lr, task, resume, ...), and `texts` joined by +.
+
+    Raises:
+        BadInput: for an unknown option.
+    """
+    own = {f.name for f in dataclasses.fields(Preparation)} - {"scheme", "exclude"}
+    given = {k: v for k, v in options.items() if k in own}
+    left = DEFAULT_EXCLUDE if exclude is None else tuple(exclude)
+    rest = {k: v for k, v in options.items() if k not in own and k != "texts"}
+    texts = [name.strip() for name in str(options.get("texts", "")).split("+") if name.strip()]
+    found = zeroqat(
+        TrainConfig.of({**run, **rest}), Preparation(scheme, left, **given), format=format,
+        texts=texts,
+    )  # fmt: skip
+    result = found.result
+    return {
+        "out": result.out,
+        "scheme": scheme,
+        "method": "zeroqat",
+        "format": format,
+        "texts": found.texts,
+        "steps": result.steps,
+        "seconds": {"search": found.search_seconds, "training": result.train_seconds},
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "exceptions": {"unfolded": found.refused},
+    }

@@ -82,6 +82,7 @@ class FakeQuantLinear(nn.Module):
         affine.quantize(weight, scheme, name)  # raises what there is to raise
         self.out_features, self.in_features = weight.shape
         self.scheme, self.rounding = scheme, True
+        self.scale_dtype: torch.dtype = torch.float32  # what the quantized layer's is stored in
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         shape = scheme.scale_shape(*weight.shape)
@@ -173,6 +174,7 @@ class FakeQuantLinear(nn.Module):
         layer = QuantLinear.from_codes(
             self, self.scheme, codes.flatten(-2).to(torch.int8), scale, zero
         )
+        layer.scale_dtype = self.scale_dtype
         if self.bias is not None and bias is not None:
             layer.bias = nn.Parameter(bias.to(self.bias.dtype), requires_grad=False)
         if self.input_clip is not None and bool(self.input_clip.any()):
