@@ -68,7 +68,7 @@ PARTS = {
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     assert __doc__ is not None
-    flags = parser(__doc__, seeds=3, others=1, budget=312, batch=16, length=64, windows=300)
+    flags = parser(__doc__, seeds=3, others=1, budget=272, batch=16, length=64, windows=150)
     flags.add_argument("--part", choices=[*PARTS, "trec", "memory"], default="int2")
     flags.add_argument("--only", nargs="+", default=None, help="contenders whose name holds these")
     flags.add_argument("--measure", default=None, help="peak memory of one contender, as JSON")
@@ -146,8 +146,8 @@ def measured(given: argparse.Namespace, loaded: Any) -> dict[str, float]:
     from zotune.training.batches import spread
 
     found = {}
-    for name in ("tinystories", "wikitext2"):
-        task = task_of(given) if name == "tinystories" else tasks.get(name, max_length=given.length)
+    wikitext = tasks.get("wikitext2", max_length=given.length, test_size=4)
+    for name, task in (("tinystories", task_of(given)), ("wikitext2", wikitext)):
         model = task.prepare(loaded)
         chosen = spread(task.split("test"), given.windows)
         found[name] = task.evaluate(model, chosen, 50)["perplexity"]

@@ -34,7 +34,7 @@ from zotune.quant.affine import Scheme
 from zotune.quant.calibrate.folding import folding
 from zotune.quant.export import Exporter, exporter
 from zotune.quant.model import DEFAULT_EXCLUDE, choose
-from zotune.quant.qat import attach_, fake_layers, fake_quantize_, freeze_, search
+from zotune.quant.qat import attach_, fake_layers, fake_quantize_, folds_on, freeze_, search
 from zotune.tasks.task import Task
 from zotune.training.assemble import final_split, measure
 from zotune.training.batches import Batches
@@ -71,12 +71,11 @@ class Preparation:
     light: bool = False
     examples: int = 64
 
-    @property
-    def space(self) -> str:
-        """What is tuned where the user does not say."""
+    def space(self, model: nn.Module) -> str:
+        """What is tuned where the user does not say: whatever this model has of it."""
         wanted = {
             "clipping": True,
-            "transforms": self.smooth and not self.light,
+            "transforms": bool(folds_on(model)),
             "latents": True,
             "activations": self.clip_inputs,
         }
@@ -104,7 +103,7 @@ def zeroqat(
     *,
     format: str = "zotune",
     texts: Sequence[str] = (),
-    model: Loaded | None = None,
+    model: nn.Module | Loaded | None = None,
     task: Task | None = None,
 ) -> Outcome:
     """Train a float model through its rounding; the run folder's `model/` is the quantized one.
@@ -125,12 +124,11 @@ def zeroqat(
     how = how or Preparation()
     if config.scheme is not None:
         how = dataclasses.replace(how, scheme=config.scheme)
-    config = dataclasses.replace(config, scheme=None, space=config.space or how.space)
     use_threads(config.threads)
     to = _exporter(format, how)
     task = task or open_task(config)
     measured = {task.name: task, **{name: tasks.get(name) for name in texts}}
-    loaded = open_model(config, model)
+    loaded = open_model(dataclasses.replace(config, scheme=None), model)
     if loaded.format != "float":
         raise BadInput(
             f"{loaded.path} is quantized already; training through rounding starts from floats"
@@ -153,6 +151,8 @@ def zeroqat(
     start_(loaded, task, how, config)
     seconds = time.perf_counter() - began
     note("start")
+    space = config.space or how.space(loaded.model)
+    config = dataclasses.replace(config, scheme=None, space=space)
     result = train(config, model=loaded, task=task)
     if to.name != "zotune":
         write_model(loaded.model, config.out / "model", loaded, to)

@@ -73,7 +73,7 @@ def quantize(
             raise BadInput(f"method {method!r}: zeroqat searches its own start; give it alone")
         return quantize_aware(
             terms[0][1], scheme, format, exclude, model=str(model), out=str(out), task="lm",
-            data=data or None, max_length=length, task_options={"text_field": text_field},
+            data=str(data) or None, max_length=length, task_options={"text_field": text_field},
             dtype=dtype, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     folder, wanted = Path(out).expanduser(), Scheme.parse(scheme)
