@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from zotune.errors import BadInput, FormatError
-from zotune.quant.affine import Scheme
+from zotune.quant.affine import COMMON_BITS, Scheme
 from zotune.quant.formats.layout import (
     FLOATS,
     Layout,
@@ -250,6 +250,8 @@ def _scheme(name: str, weights: dict[str, Any], activations: dict[str, Any]) -> 
     granularity = {"group": "group", "tensor_group": "group"}.get(str(strategy), str(strategy))
     size = weights.get("group_size") if granularity == "group" else None
     try:
+        if kind == "int" and bits not in COMMON_BITS:
+            raise BadInput(f"bits={bits} of kind='int' is not read; {COMMON_BITS} are")
         symmetric = bool(weights.get("symmetric", True))
         return Scheme(bits, symmetric, size, granularity, act_bits, kind)
     except (BadInput, TypeError) as error:
