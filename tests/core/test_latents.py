@@ -20,7 +20,8 @@ from zotune.core.space import Space
 from zotune.core.step import Tuner
 from zotune.errors import BadInput
 from zotune.quant import quantize_model_
-from zotune.quant.qat import fake_layers, fake_quantize_, freeze_, search
+from zotune.quant.calibrate.folding import folding
+from zotune.quant.qat import attach_, fake_layers, fake_quantize_, freeze_, search
 
 KEY = Key(3)
 
@@ -100,15 +101,12 @@ def test_each_space_moves_its_own_tensors_and_no_others(text: str) -> None:
 
 def test_layers_that_share_an_input_share_one_transform() -> None:
     model = toys.llama()
-    from zotune.quant.calibrate.folding import folding
-    from zotune.quant.qat import attach_
-
     found = folding(model)
     fake_quantize_(model, "int4-channel")
     attach_(model, found.folds)
-    space = spaces.parse("transforms(pattern='input_layernorm')").build(model)
+    space = spaces.parse("transforms(pattern='q_proj')").build(model)
     assert [block.name for block in space] == [
-        f"model.layers.{k}.input_layernorm.log_scale" for k in range(2)
+        f"model.layers.{k}.self_attn.q_proj.log_scale" for k in range(2)
     ]
     names = [owner.path.split(".")[-1] for owner in space.blocks[0].owners]
     assert names == ["q_proj", "k_proj", "v_proj"]

@@ -30,16 +30,16 @@ class Transforms(SpaceSpec):
         layers, folds = only_fake(model), folds_on(model)
         if not folds:
             raise BadInput("no layer of this model shares a transform with the module before it")
-        wanted = matching([fold.source for fold in folds], self.pattern)
-        blocks: list[Block] = []
-        for fold in (found for found in folds if wanted(found.source)):
+        found: dict[str, Block] = {}
+        for fold in folds:
             gain = model.get_submodule(fold.source).get_parameter("weight")
             units = {"log_scale": 1.0, "shift": rms(gain) if gain.dim() == 1 else 1.0}
             for attribute, unit in units.items():
                 owners = [Owner(n, layers[n], attribute) for n in fold.targets]
-                if getattr(owners[0].module, attribute) is None:
-                    continue
-                name = f"{fold.source}.{attribute}"
-                tensor = owners[0].tensor
-                blocks.append(FloatBlock.of(name, tensor, owners, unit=unit, **self.options))
-        return Space(blocks)
+                if getattr(owners[0].module, attribute) is not None:
+                    name = f"{fold.targets[0]}.{attribute}"
+                    found[name] = FloatBlock.of(
+                        name, owners[0].tensor, owners, unit=unit, **self.options
+                    )
+        wanted = matching(found, self.pattern)
+        return Space(block for name, block in found.items() if wanted(name))

@@ -171,9 +171,8 @@ class FakeQuantLinear(nn.Module):
         """The ordinary layer of the same numbers, for inputs that come transformed."""
         weight, bias = self.transformed()
         codes, scale, zero = self._rounded(weight, self.point())
-        layer = QuantLinear.from_codes(
-            self, self.scheme, codes.flatten(-2).to(torch.int8), scale, zero
-        )
+        whole = codes.flatten(-2).to(torch.int8)
+        layer = QuantLinear.from_codes(self, self.scheme, whole, scale, zero)  # type: ignore[arg-type]
         layer.scale_dtype = self.scale_dtype
         if self.bias is not None and bias is not None:
             layer.bias = nn.Parameter(bias.to(self.bias.dtype), requires_grad=False)

@@ -216,8 +216,8 @@ def clip_(layer: FakeQuantLinear, x: Tensor) -> None:
             error = error if layer.upper.shape[0] > 1 else error.sum().reshape(1, 1)
             better = error < best
             best = torch.where(better, error, best)
-            for side, place in zip((layer.upper, layer.lower), kept, strict=True):
-                place[better] = side[better]
+            for values, place in zip((layer.upper, layer.lower), kept, strict=True):
+                place[better] = values[better]
         layer.upper.copy_(kept[0])
         layer.lower.copy_(kept[1])
 
