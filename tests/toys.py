@@ -21,6 +21,8 @@ from zotune.core.noise import Key
 from zotune.core.perturbation import Perturbation
 from zotune.core.space import Space, SpaceSpec
 from zotune.quant import quantize_model_
+from zotune.quant.calibrate.folding import Fold
+from zotune.quant.qat import attach_, fake_quantize_
 from zotune.tasks.batch import Batch
 
 VOCABULARY, HIDDEN, LENGTH, LABELS = 29, 16, 6, 3
@@ -100,6 +102,14 @@ def small(seed: int = 0, scheme: str | None = None) -> Small:
     return model
 
 
+def faked(seed: int = 0, scheme: str = "int4-g8-a8") -> Small:
+    """The same with fake-quantized layers, one of which shares a transform with the norm."""
+    model = small(seed)
+    fake_quantize_(model, scheme, exclude=("head",))
+    attach_(model, [Fold("norm", ("up",), (0, HIDDEN), shifts=True)])
+    return model
+
+
 def batch(size: int = 5, seed: int = 0, length: int = LENGTH) -> Batch:
     generator = torch.Generator().manual_seed(1000 + seed)
     ids = torch.randint(1, VOCABULARY, (size, length), generator=generator)
@@ -131,13 +141,15 @@ def observe(
 
 @dataclass(frozen=True)
 class Case:
-    """A space by its short name over a model that has such blocks."""
+    """A space by its short name over a model that has such blocks; `fake` ones round only while
+    they run."""
 
     space: str
     scheme: str | None = None
+    fake: bool = False
 
     def model(self, seed: int = 0) -> Small:
-        return small(seed, self.scheme)
+        return faked(seed, str(self.scheme)) if self.fake else small(seed, self.scheme)
 
     def build(self, model: nn.Module, **options: Any) -> Space:
         spec = spaces.parse(self.space)
@@ -163,6 +175,9 @@ CASES = [
     Case("codes", "int3-channel"),
     Case("codes", "int8-channel-a8"),
     Case("adapter(rank=2) + head(lr=0.1) + scales", "int4-g8"),
+    Case("latents", "int3-g8-asym", fake=True),
+    Case("clipping", "int3-channel", fake=True),
+    Case("clipping + transforms + latents + activations", "int4-g8-a4", fake=True),
 ]
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from zotune.errors import BadInput
 from zotune.quant.affine import EMPTY_SCALE, Scheme, dequantize, nearest_divisors, quantize
 
-BITS = st.sampled_from((2, 3, 4, 8))
+BITS = st.sampled_from((2, 3, 4, 5, 6, 7, 8))
 
 
 @st.composite
@@ -21,7 +21,7 @@ def schemes(draw: st.DrawFn) -> Scheme:
         symmetric=draw(st.booleans()),
         group_size=draw(st.integers(1, 9)) if granularity == "group" else None,
         granularity=granularity,
-        act_bits=draw(st.sampled_from((None, 8))),
+        act_bits=draw(st.sampled_from((None, 4, 6, 8))),
     )
 
 
@@ -133,12 +133,12 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 6}, "bits=6"),
+        ({"bits": 9}, "bits=9"),
         ({"granularity": "row"}, "granularity='row'"),
         ({"group_size": None}, "needs a group_size"),
         ({"group_size": 0}, "needs a group_size"),
         ({"granularity": "channel"}, "takes no group_size"),
-        ({"act_bits": 4}, "act_bits=4"),
+        ({"act_bits": 3}, "act_bits=3"),
     ],
 )
 def test_schemes_that_do_not_exist_are_refused(options: dict[str, object], message: str) -> None:
@@ -147,7 +147,7 @@ def test_schemes_that_do_not_exist_are_refused(options: dict[str, object], messa
 
 
 @pytest.mark.parametrize(
-    "text", ["", "int4", "int4-g", "4-g64", "int4-g64-a8-asym", "int4_g64", "int6-g8"]
+    "text", ["", "int4", "int4-g", "4-g64", "int4-g64-a8-asym", "int4_g64", "int9-g8"]
 )
 def test_texts_that_are_no_scheme_are_refused(text: str) -> None:
     with pytest.raises(BadInput):

@@ -165,7 +165,7 @@ def made() -> Made:
         ({"weight_shape": None}, {}, "weight_shape' is missing"),
         ({"weight_packed": torch.zeros(16, 7, dtype=torch.int32)}, {}, r"weight_packed' is .*7\)"),
         ({"input_scale": torch.ones(1)}, {}, r"not understood: \['input_scale'\]"),
-        ({}, {"num_bits": 6}, "num_bits=6: bits=6 of kind='int' is not supported"),
+        ({}, {"num_bits": 6}, "num_bits=6: bits=6 of kind='int' is not read"),
         ({}, {"num_bits": "4"}, "num_bits='4'"),
         ({}, {"num_bits": [4]}, r"num_bits=\[4\]"),
         ({}, {"strategy": "block"}, "strategy='block'"),

@@ -22,7 +22,7 @@ SCHEMES = [
     "int2-g8", "int2-channel-asym", "int3-g12", "int3-g8-asym", "int3-tensor", "int4-g8",
     "int5-g8-asym", "int4-g24-asym", "int4-channel", "int8-channel", "int8-g8-asym", "int4-g8-a8",
     "int4-g24-asym-a8", "int4-channel-a8", "int3-channel-asym-a8", "int8-channel-a8",
-    "int8-tensor-a8", "int8-channel-asym-a8",
+    "int8-tensor-a8", "int8-channel-asym-a8", "int5-g8", "int6-channel-asym", "int7-channel-a8",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from zotune.models.adapter import LowRank
 from zotune.quant import kernels
 from zotune.quant.layer import QuantLayer
 from zotune.quant.linear import QuantLinear
+from zotune.quant.qat import FakeQuantLinear
 
 _SMALL = 1 << 22  # elements of all parts' values at once, beyond which slices are cheaper
 
@@ -268,3 +269,15 @@ def _quant_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
     inputs = by_part(view, module.inputs(x), each)
     out = parts.linear(inputs, points, module.out_features, module.scheme, module.compute_dtype)
     return out.view(*x.shape[:-1], -1)
+
+
+@probed(FakeQuantLinear)
+def fake_quant_linear(site: Site, view: View, x: Tensor) -> Any:
+    """All parts' weights rounded at once, where they are small; one batched product."""
+    module = site.module
+    assert isinstance(module, FakeQuantLinear)
+    each = rows_per_part(site, view, len(x))
+    if not each or too_large(view, site):
+        return NotImplemented
+    found = {attribute: values(view, block) for attribute, block in site.blocks.items()}
+    return module.at(by_part(view, x, each), **found).view(*x.shape[:-1], -1)

@@ -19,21 +19,26 @@ from zotune.core.rule import SGD, Adam, GridSign, MomentumSGD, SignSGD
 from zotune.core.shaping import Clip, Sign, Standardize
 from zotune.core.space import SpaceSum
 from zotune.core.spaces import (
+    Activations,
     Adapter,
     Biases,
+    Clipping,
     Codes,
     Head,
+    Latents,
     Lora,
     Norms,
     Scales,
+    Transforms,
     Weights,
     Zeros,
 )
 
 __all__ = [
-    "SGD", "Adam", "Adapter", "Backprop", "Biases", "Clip", "Codes", "ErrorFeedback", "Gaussian",
-    "Grid", "GridSign", "Head", "Interlude", "Key", "Lora", "LowRank", "Method", "MomentumSGD",
-    "Norms", "OneSided", "PerExample", "PerImage", "Rademacher", "Rounded", "Scales", "Schedule",
-    "Sign", "SignSGD", "SpaceSum", "Sparse", "Sphere", "Square", "Standardize", "Tiled", "TwoSided",
-    "Uniform", "Weights", "Zeros",
+    "SGD", "Activations", "Adam", "Adapter", "Backprop", "Biases", "Clip", "Clipping", "Codes",
+    "ErrorFeedback", "Gaussian", "Grid", "GridSign", "Head", "Interlude", "Key", "Latents",
+    "Lora", "LowRank", "Method", "MomentumSGD", "Norms", "OneSided", "PerExample", "PerImage",
+    "Rademacher", "Rounded", "Scales", "Schedule", "Sign", "SignSGD", "SpaceSum", "Sparse",
+    "Sphere", "Square", "Standardize", "Tiled", "Transforms", "TwoSided", "Uniform", "Weights",
+    "Zeros",
 ]  # fmt: skip

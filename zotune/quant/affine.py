@@ -9,6 +9,7 @@ serves as the reference for every kernel.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from zotune.errors import BadInput
 
 COMMON_BITS: Final = (2, 3, 4, 8)  # widths of integers that most formats know
-BITS: Final = {"int": (2, 3, 4, 5, 8), "fp": (4, 8), "nf": (4,), "fpb": (4,), "aq": (8, 16)}
+BITS: Final = {"int": (2, 3, 4, 5, 6, 7, 8), "fp": (4, 8), "nf": (4,), "fpb": (4,), "aq": (8, 16)}
 GRANULARITIES: Final = ("group", "channel", "tensor")
 # The scale of an all-zero group: exact in float16, and harmless when codes move.
 EMPTY_SCALE: Final = 2.0**-20
@@ -33,12 +34,12 @@ class Scheme:
     """How one weight is quantized; `str(scheme)` and `Scheme.parse` are inverses.
 
     Args:
-        bits: width of a code: 2, 3, 4, 5 or 8; 4 or 8 for floats.
+        bits: width of a code: 2 to 8; 4 or 8 for floats.
         symmetric: True for no zero point, False for one zero per scale.
         group_size: input columns in a row that share a scale; None unless granularity is "group".
         granularity: "group", "channel" (one scale per output row) or "tensor" (a single scale).
-        act_bits: 8 quantizes activations to 8 bits of the same kind per token at run time; None
-            leaves them alone.
+        act_bits: 4 to 8 quantizes activations to integers of so many bits per token at run time
+            (8 for floats, to E4M3); None leaves them alone.
         kind: "int", or "fp" for codes that are floats of few bits: E4M3 (8 bits), E2M1 (4 bits);
             "nf" for NF4, "fpb" for bitsandbytes' FP4; "aq" for places in codebooks of vectors.
 
@@ -79,12 +80,13 @@ class Scheme:
                 f"granularity={self.granularity!r} takes no group_size, got {self.group_size!r}; "
                 "use group_size=None"
             )
-        if self.act_bits not in (None, 8):
-            raise BadInput(f"act_bits={self.act_bits!r} is not supported; use 8 or None")
+        possible = (4, 5, 6, 7, 8) if self.kind == "int" else (8,)
+        if self.act_bits not in (None, *possible):
+            raise BadInput(f"act_bits={self.act_bits!r} is not supported; use {possible} or None")
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        """Read a scheme written as `int|fp<bits>-g<size>|channel|tensor[-asym][-a8]`.
+        """Read a scheme written as `int|fp<bits>-g<size>|channel|tensor[-asym][-a<bits>]`.
 
         Raises:
             BadInput: if the text does not have that form.
@@ -96,7 +98,7 @@ class Scheme:
         if match is None:
             raise BadInput(
                 f"scheme {text!r} is not understood; write int<bits>-g<size>, int<bits>-channel or "
-                "int<bits>-tensor, then optionally -asym and -a8, for example 'int4-g64'"
+                "int<bits>-tensor, then optionally -asym and -a<bits>, for example 'int4-g64'"
             )
         unit, act = match["unit"], match["act"]
         grouped = unit.startswith("g")
@@ -134,8 +136,8 @@ class Scheme:
 
     @property
     def integer_inputs(self) -> bool:
-        """Whether kernels round activations to int8."""
-        return self.act_bits is not None and self.kind == "int"
+        """Whether kernels round activations to int8 and multiply integers."""
+        return self.act_bits == 8 and self.kind == "int"
 
     @property
     def float_inputs(self) -> bool:
@@ -225,32 +227,52 @@ def fit(
         raise BadInput(f"scheme {scheme} is read from checkpoints only; quantize to integers")
     scheme.check_divides(weight.shape[1], name)
     shape = scheme.scale_shape(weight.shape[0], weight.shape[1])
-    grouped = _grouped(weight.detach().float().contiguous(), shape[1], scheme.group_size)
+    grouped = in_groups(weight.detach().float().contiguous(), shape[1], scheme.group_size)
     if not torch.isfinite(grouped).all():
         raise BadInput(
             f"weight of {name!r} holds NaN or infinity; repair the checkpoint or exclude it"
         )
-    low, high = _extremes(grouped, shape)
-    if scheme.symmetric:
-        scale = torch.maximum(high / scheme.highest, low / scheme.lowest)
-        return _not_empty(_not_empty(scale).to(stored).float()), None
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = _not_empty((high - low) / (scheme.highest - scheme.lowest))
-    scale = _not_empty(scale.to(stored).float())
-    zero = torch.round(scheme.lowest - low / scale).clamp(scheme.lowest, scheme.highest)
-    return scale, zero
+    return grid(*extremes(grouped, shape), scheme, stored)
 
 
 def nearest(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """int8 codes (out, in) of the grid points nearest to a weight: round(w / scale + zero)."""
     # A transposed weight must not leave codes with transposed strides.
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    grouped = _grouped(weight.detach().to(dtype).contiguous(), scale.shape[1], scheme.group_size)
+    grouped = in_groups(weight.detach().to(dtype).contiguous(), scale.shape[1], scheme.group_size)
+    return rounded(grouped, scale, zero, scheme).to(torch.int8).reshape(weight.shape)
+
+
+def grid(
+    low: Tensor, high: Tensor, scheme: Scheme, stored: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero of the grid between two ends and 0, any shape; see `fit`."""
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    if scheme.symmetric:
+        scale = torch.maximum(high / scheme.highest, low / scheme.lowest)
+        return _not_empty(_not_empty(scale).to(stored).float()), None
+    scale = _not_empty((high - low) / (scheme.highest - scheme.lowest))
+    scale = _not_empty(scale.to(stored).float())
+    zero = scheme.lowest - low / scale
+    return scale, straight(torch.round, zero).clamp(scheme.lowest, scheme.highest)
+
+
+def rounded(grouped: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+    """Codes, still floats, of a weight (out, groups, columns of a group) on its grid."""
     codes = grouped / scale.unsqueeze(-1)
     if zero is not None:
         codes = codes + zero.unsqueeze(-1)
-    codes = codes.round_().clamp_(scheme.lowest, scheme.highest).to(torch.int8)
-    return codes.reshape(weight.shape)
+    return straight(torch.round, codes).clamp(scheme.lowest, scheme.highest)
+
+
+def straight(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), whose gradient, where one is wanted, is that of x itself.
+
+    >>> x = torch.tensor([1.4], requires_grad=True)
+    >>> straight(torch.round, x).backward(); x.grad.item()
+    1.0
+    """
+    return x + (function(x) - x).detach() if x.requires_grad else function(x)
 
 
 def dequantize(
@@ -267,7 +289,7 @@ def dequantize(
     >>> dequantize(torch.tensor([[1, -2]], dtype=torch.int8), torch.tensor([[0.5]])).tolist()
     [[0.5, -1.0]]
     """
-    grouped = _grouped(codes.float(), scale.shape[1], group_size)
+    grouped = in_groups(codes.float(), scale.shape[1], group_size)
     if zero is not None:
         grouped = grouped - zero.float().unsqueeze(-1)
     return (grouped * scale.float().unsqueeze(-1)).flatten(1)[:, : codes.shape[1]]
@@ -285,21 +307,23 @@ def per_weight(values: Tensor, columns: int, group_size: int | None) -> Tensor:
     return values.repeat_interleave(group_size or columns // groups, dim=1)[:, :columns]
 
 
-def _grouped(matrix: Tensor, groups: int, group_size: int | None) -> Tensor:
-    """View (out, in) as (out, groups, columns of a group); a short last group is padded."""
-    rows, columns = matrix.shape
+def in_groups(matrix: Tensor, groups: int, group_size: int | None) -> Tensor:
+    """View (..., out, in) as (..., out, groups, columns of a group); a short last one is padded."""
+    columns = matrix.shape[-1]
     width = group_size or columns // groups
     if groups * width != columns:
         matrix = torch.nn.functional.pad(matrix, (0, groups * width - columns))
-    return matrix.reshape(rows, groups, width)
+    return matrix.reshape(*matrix.shape[:-1], groups, width)
 
 
-def _extremes(grouped: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def extremes(grouped: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of every group, (..., *shape); zeros where there are none."""
     if grouped.numel() == 0:
-        empty = grouped.new_zeros(shape)
+        empty = grouped.new_zeros(*grouped.shape[:-3], *shape)
         return empty, empty.clone()
     if shape == (1, 1):
-        return grouped.min().reshape(1, 1), grouped.max().reshape(1, 1)
+        one = grouped.flatten(-3)
+        return one.amin(-1)[..., None, None], one.amax(-1)[..., None, None]
     return grouped.amin(-1), grouped.amax(-1)
 
 

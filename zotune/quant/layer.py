@@ -126,11 +126,13 @@ class QuantLayer(nn.Module, ABC):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLayer:
         """Move with the model but stay float32: `.to(bfloat16)` must not round a scale."""
-        kept = {name: getattr(self, name) for name in ("scale", "zero")}
+        kept = {name: getattr(self, name, None) for name in ("scale", "zero", "input_clip")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, values in kept.items():
+            if values is None:
+                continue
             moved = getattr(self, name)
-            if moved is not None and moved.dtype != values.dtype:
+            if moved.dtype != values.dtype:
                 setattr(self, name, values.to(moved.device))
         return self
 

@@ -46,6 +46,7 @@ class QuantLinear(QuantLayer):
     """
 
     order: Tensor | None
+    input_clip: Tensor | None
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class QuantLinear(QuantLayer):
         self.in_features, self.out_features = in_features, out_features
         columns = torch.arange(in_features, dtype=torch.int32, device=device)
         self.register_buffer("order", columns if ordered else None)
+        self.register_buffer("input_clip", None)
 
     @classmethod
     def from_linear(
@@ -111,10 +113,13 @@ class QuantLinear(QuantLayer):
         )
 
     def inputs(self, x: Tensor) -> Tensor:
-        """x as the kernels take it: in the order of the codes' columns, rounded to 8-bit floats."""
+        """x as the kernels take it: in the order of the codes' columns, clipped, and rounded where
+        the kernel does not do so itself."""
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        return kernels.fake_quantize_float(x) if self.scheme.float_inputs else x
+        if self.input_clip is not None:
+            x = kernels.clip_rows(x, self.input_clip)
+        return kernels.rounded_inputs(x, self.scheme)
 
     def dequantize(self) -> Tensor:
         """The float32 weight (out, in), columns in the order of the inputs."""

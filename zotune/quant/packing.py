@@ -1,10 +1,10 @@
 """Planar packing of small codes into bytes.
 
 A code of b bits is stored as q + 2^(b-1) >= 0, cut into parts of 4, 2 or 1 bits (3 = 2 + 1,
-5 = 4 + 1, 6 = 4 + 2). A part of width w fills 8 // w planes: plane k holds the columns
-k*n/planes ... (k+1)*n/planes in a row. Unpacking a plane is therefore one shift and one mask over
-contiguous bytes. Columns are padded to a multiple of 8 with code 0, so a row of n columns takes
-exactly ceil(n / 8) * b bytes.
+5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1). A part of width w fills 8 // w planes: plane k holds the
+columns k*n/planes ... (k+1)*n/planes in a row. Unpacking a plane is therefore one shift and one
+mask over contiguous bytes. Columns are padded to a multiple of 8 with code 0, so a row of n columns
+takes exactly ceil(n / 8) * b bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from zotune.errors import BadInput
 
 WIDTHS: Final[dict[int, tuple[int, ...]]] = {
-    6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,),
+    7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,),
 }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: int8 (..., columns) within [-2^(b-1), 2^(b-1) - 1].
-        bits: 2 to 6, or 8.
+        bits: 2 to 8.
 
     Returns:
         uint8 (..., ceil(columns / 8) * bits); for 8 bits the codes themselves, still int8.

@@ -20,6 +20,7 @@ from zotune.models.pipeline import is_pipeline, write_pipeline
 from zotune.quant import formats
 from zotune.quant.export import Exporter, export_
 from zotune.quant.formats.folder import replace_folder
+from zotune.quant.qat import quantize_
 from zotune.training.journal import NAME as JOURNAL
 from zotune.training.snapshots import cannot_write
 
@@ -96,7 +97,9 @@ def without_adapters(model: nn.Module) -> Iterator[bool]:
 
 def round_to_storage_(model: nn.Module) -> None:
     """Make the model what its file will hold, so that memory and file give the same numbers:
-    tensors rounded to their stored dtype, a head's basis folded into the head."""
+    tensors rounded to their stored dtype, a head's basis folded into the head, layers that were
+    trained through their rounding quantized."""
+    quantize_(model)
     inside = heads(model)
     for _, layer, _ in list(adapters(model)):
         if id(layer) in inside:

@@ -46,7 +46,9 @@ def quantize(
         model: folder or hub id.
         out: where to; new or empty.
         scheme: "int4-g64", "int8-channel-a8", ...
-        method: what chooses the codes, with options: "rtn", "gptq(act_order=True)", "awq + gptq".
+        method: what chooses the codes, with options: "rtn", "gptq(act_order=True)", "awq + gptq";
+            "zeroqat(steps=500)" trains through the rounding, and `out` is then the folder of a run
+            whose `model/` is the result (`zotune.training.qat.quantize_aware`).
         format: what to write; see `zotune.quant.export`.
         data: text to calibrate on; see `zotune.tasks.calibration`.
         samples: windows of text.
@@ -57,17 +59,27 @@ def quantize(
         trust_remote_code: whether Python files of the checkpoint may run.
 
     Returns:
-        out, scheme, method, format, layers, bytes, tokens looked at, and the report's lists as
-        `exceptions`.
+        out, scheme, method, format, layers, bytes, tokens looked at, and exceptions.
 
     Raises:
         BadInput: before anything is calibrated, for what does not go together.
         DataError: for text that cannot be read.
     """
+    terms = split_calls(method)
+    if terms[0][0] == "zeroqat":
+        from zotune.training.qat import quantize_aware
+
+        if len(terms) > 1:
+            raise BadInput(f"method {method!r}: zeroqat searches its own start; give it alone")
+        return quantize_aware(
+            terms[0][1], scheme, format, exclude, model=str(model), out=str(out), task="lm",
+            data=str(data) or None, max_length=length, task_options={"text_field": text_field},
+            dtype=dtype, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     folder, wanted = Path(out).expanduser(), Scheme.parse(scheme)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"output_dir {folder} is not empty; give another folder")
-    how, to = recipe(split_calls(method)), exporter(format, wanted)
+    how, to = recipe(terms), exporter(format, wanted)
     loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     if loaded.format != "float":
         raise BadInput(f"{model} is already quantized ({loaded.format}); give a float checkpoint")

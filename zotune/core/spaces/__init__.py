@@ -7,15 +7,32 @@ from typing import Any
 from zotune.core.calls import nearest, split_calls
 from zotune.core.space import SpaceSpec, SpaceSum
 from zotune.core.spaces.adapter import Adapter
+from zotune.core.spaces.clipping import Activations, Clipping
 from zotune.core.spaces.head import Head
+from zotune.core.spaces.latents import Latents
 from zotune.core.spaces.lora import Lora
 from zotune.core.spaces.parameters import Biases, Norms, Weights
 from zotune.core.spaces.quantized import Codes, Scales, Zeros
+from zotune.core.spaces.transforms import Transforms
 from zotune.errors import BadInput
 
 SPACES: dict[str, type[SpaceSpec]] = {
     kind.__name__.lower(): kind
-    for kind in (Weights, Norms, Biases, Head, Scales, Zeros, Codes, Lora, Adapter)
+    for kind in (
+        Weights,
+        Norms,
+        Biases,
+        Head,
+        Scales,
+        Zeros,
+        Codes,
+        Lora,
+        Adapter,
+        Latents,
+        Clipping,
+        Transforms,
+        Activations,
+    )
 }
 
 
@@ -41,6 +58,6 @@ def parse(text: str) -> SpaceSpec:
 
 
 __all__ = [
-    "SPACES", "Adapter", "Biases", "Codes", "Head", "Lora", "Norms", "Scales", "Weights", "Zeros",
-    "get", "parse",
+    "SPACES", "Activations", "Adapter", "Biases", "Clipping", "Codes", "Head", "Latents", "Lora",
+    "Norms", "Scales", "Transforms", "Weights", "Zeros", "get", "parse",
 ]  # fmt: skip

@@ -23,26 +23,29 @@ from zotune.quant.linear import QuantLinear
 # The library whose config.json this is, as far as readers look at its version.
 LIBRARY: Final = "0.20.0"
 PER_TOKEN: Final = {
-    "num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True,
+    "type": "int", "strategy": "token", "symmetric": True, "dynamic": True,
 }  # fmt: skip
 
 
 class CompressedTensorsExporter:
-    """pack-quantized without, int-quantized with quantized activations."""
+    """pack-quantized without, int-quantized with quantized activations, which engines run in 8 bits
+    and the format's own library in fewer."""
 
     name: Final = "compressed-tensors"
-    schemes: Final = "int2, int3, int4, int8 -gN or -channel, -asym or not; int8-channel-a8"
+    schemes: Final = (
+        "int2, int3, int4, int8 -gN or -channel, -asym or not; int8-channel-a8, int4-channel-a4"
+    )
 
     def refusal(self, scheme: Scheme) -> str | None:
-        """Packed widths, and W8A8 per channel."""
+        """Packed widths, and W8A8 or W4A4 per channel."""
         if scheme.bits not in COMMON_BITS:
             return "bits are 2, 3, 4 or 8; use int4 or int8, or format 'gguf'"
         if scheme.granularity == "tensor":
             return f"scales are per group or channel; use int{scheme.bits}-channel"
-        if scheme.act_bits and (scheme.bits, scheme.granularity) != (8, "channel"):
-            return "with 8-bit activations weights have 8 bits per channel; use int8-channel-a8"
+        if scheme.act_bits and (scheme.bits != scheme.act_bits or scheme.granularity != "channel"):
+            return "activations have the bits of weights per channel; use int8-channel-a8"
         if scheme.act_bits and not scheme.symmetric:
-            return "engines multiply symmetric int8 weights; use int8-channel-a8"
+            return "engines multiply symmetric weights; use int8-channel-a8"
         return None
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -81,7 +84,9 @@ def _record(model: nn.Module, layers: list[QuantLinear]) -> dict[str, Any]:
     group = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": PER_TOKEN if scheme.act_bits else None,
+        "input_activations": {**PER_TOKEN, "num_bits": scheme.act_bits}
+        if scheme.act_bits
+        else None,
         "output_activations": None,
         "format": kind,
     }

@@ -15,7 +15,8 @@ tensors tell, and `config_groups` in config.json tells bits, groups and activati
         nvfp4          E4M3 (m, n / 16), over one float32 number: scale / weight_global_scale
         mxfp4          uint8 (m, n / 32): 2^(e - 127)
 
-Dynamic activations of 8 bits per token are rounded as vLLM does, max|x| / 127 to a step for int8.
+Dynamic activations of 4 or 8 bits per token are rounded as vLLM does, max|x| / 127 to a step for
+int8.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from zotune.errors import BadInput, FormatError
-from zotune.quant.affine import Scheme
+from zotune.quant.affine import COMMON_BITS, Scheme
 from zotune.quant.formats.layout import (
     FLOATS,
     Layout,
@@ -238,17 +239,20 @@ def _scheme(name: str, weights: dict[str, Any], activations: dict[str, Any]) -> 
     """What the settings ask for; FormatError for what no layer of ours computes."""
     kind = {"int": "int", "float": "fp"}.get(str(weights.get("type", "int")), "")
     strategy, bits = weights.get("strategy"), weights.get("num_bits", 8)
-    same = {"num_bits": 8, "type": weights.get("type"), "strategy": "token", "dynamic": True}
+    act_bits = activations.get("num_bits", 8) if activations else None
+    same = {"type": weights.get("type"), "strategy": "token", "dynamic": True}
     dynamic = {key: activations.get(key) for key in same} == same
     if activations and not (dynamic and activations.get("symmetric", True) and bits in (4, 8)):
         raise FormatError(
-            f"activations of layer {name!r} are {activations}; read are none, and 8 bits of the "
+            f"activations of layer {name!r} are {activations}; read are none, and those of the "
             "weights' type, symmetric and dynamic per token"
         )
     granularity = {"group": "group", "tensor_group": "group"}.get(str(strategy), str(strategy))
     size = weights.get("group_size") if granularity == "group" else None
     try:
-        act_bits, symmetric = 8 if activations else None, bool(weights.get("symmetric", True))
+        if kind == "int" and bits not in COMMON_BITS:
+            raise BadInput(f"bits={bits} of kind='int' is not read; {COMMON_BITS} are")
+        symmetric = bool(weights.get("symmetric", True))
         return Scheme(bits, symmetric, size, granularity, act_bits, kind)
     except (BadInput, TypeError) as error:
         raise FormatError(

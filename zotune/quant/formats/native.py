@@ -64,7 +64,7 @@ class NativeFormat:
         names = check_files(folder)
         config = model_config(folder, trust_remote_code)
         model = empty_model(config, auto, names, trust_remote_code)
-        _place_layers_(model, schemes, scale_dtype, folder)
+        _place_layers_(model, schemes, scale_dtype, names, folder)
         tensors = read_tensors(folder)
         assign_(model, _in_memory(tensors, schemes, scale_dtype, dtype, folder), folder)
         restore_generation_config_(model, folder)
@@ -129,7 +129,11 @@ def _make_record(layers: dict[str, QuantLayer]) -> dict[str, Any]:
 
 
 def _place_layers_(
-    model: nn.Module, schemes: dict[str, Scheme], scale_dtype: torch.dtype, folder: Path
+    model: nn.Module,
+    schemes: dict[str, Scheme],
+    scale_dtype: torch.dtype,
+    stored: list[str],
+    folder: Path,
 ) -> None:
     layers = dict(float_layers(model))
     wrong = set(schemes) - set(layers)
@@ -142,6 +146,8 @@ def _place_layers_(
         layer = empty_twin(layers[name], scheme)
         scheme.check_divides(layer.columns, name)
         layer.scale_dtype = scale_dtype
+        if f"{name}.input_clip" in stored:
+            layer.input_clip = torch.empty(1, device="meta")
         replace_(model, name, layer)
 
 

@@ -21,7 +21,7 @@ from zotune.quant.linear import QuantLinear
 log = logging.getLogger("zotune")
 _ATTRIBUTE: Final = "zotune_source"
 _COARSE: Final = 0.01  # of a scale; 16-bit floats round by 0.4 % at most
-_BUFFERS: Final = ("codes", "scale", "zero", "order")
+_BUFFERS: Final = ("codes", "scale", "zero", "order", "input_clip")
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,33 @@ def linear(
     return run(x, codes, scale, zero, bias, scheme, compute_dtype)
 
 
+def rounded_inputs(x: Tensor, scheme: Scheme) -> Tensor:
+    """Activations as the product takes them, where no kernel rounds them itself (8-bit integers).
+
+    >>> rounded_inputs(torch.tensor([[7.0, 3.4]]), Scheme.parse("int4-channel-a4")).tolist()
+    [[7.0, 3.0]]
+    """
+    if scheme.float_inputs:
+        return fake_quantize_float(x)
+    if scheme.act_bits is None or scheme.integer_inputs:
+        return x
+    from zotune.quant.kernels import reference
+
+    return reference.fake_quantize_rows(x, scheme.act_bits).to(x.dtype)
+
+
+def clip_rows(x: Tensor, share: Tensor) -> Tensor:
+    """Activations no larger than `share` of the largest of their row.
+
+    >>> clip_rows(torch.tensor([[4.0, -8.0]]), torch.tensor([0.75])).tolist()
+    [[4.0, -6.0]]
+    """
+    if x.numel() == 0:
+        return x
+    most = x.abs().amax(-1, keepdim=True) * share.to(x.dtype)
+    return torch.maximum(torch.minimum(x, most), -most)
+
+
 def fake_quantize_float(x: Tensor) -> Tensor:
     """Activations rounded to E4M3 with one scale per row, max|x| / 448; the gradient passes.
 

@@ -19,10 +19,10 @@ def one_per_weight(codes: Tensor, bits: int, columns: int) -> Tensor:
     return unpack(codes, bits, columns) if codes.dtype == torch.uint8 else codes
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize activations to int8, one scale per row.
+def quantize_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Quantize activations to integers, one scale per row.
 
-    scale = max|x| / 127,  code = round(x * 127 / max|x|)
+    scale = max|x| / n,  code = round(x * n / max|x|),  n = 2^(bits-1) - 1
 
     Args:
         x: (tokens, in), any float dtype.
@@ -34,21 +34,21 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     >>> codes.tolist(), round(scale.item() * 127, 6)
     ([[127, -64]], 1.0)
     """
-    x = x.float()
+    x, most = x.float(), float((1 << (bits - 1)) - 1)
     if x.numel() == 0:
         return x.to(torch.int8), x.new_zeros(x.shape[0], 1)
     largest = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
-    codes = (x * inverse).round_().clamp_(-127, 127)
+    inverse = torch.where(largest > 0, most / largest, 0.0)
+    codes = (x * inverse).round_().clamp_(-most, most)
     # NaN has no code; the scale carries it to the output so that it is never mistaken for a number.
-    return codes.nan_to_num_(0.0).to(torch.int8), largest * (1.0 / 127.0)
+    return codes.nan_to_num_(0.0).to(torch.int8), largest * (1.0 / most)
 
 
-def fake_quantize_rows(x: Tensor) -> Tensor:
-    """Activations rounded to their int8 grid, float32; the gradient passes straight through."""
+def fake_quantize_rows(x: Tensor, bits: int = 8) -> Tensor:
+    """Activations rounded to their grid, float32; the gradient passes straight through."""
     flat = x.float().reshape(-1, x.shape[-1])
     with torch.no_grad():
-        codes, scale = quantize_rows(flat)
+        codes, scale = quantize_rows(flat, bits)
         rounded = codes.float() * scale
     if x.requires_grad:
         rounded = flat + (rounded - flat).detach()
