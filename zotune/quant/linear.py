@@ -145,14 +145,14 @@ class QuantLinear(QuantLayer):
         )
 
 
-def matrix(module: nn.Linear | Conv1DLike) -> Tensor:
-    """The weight of an nn.Linear or a transformers Conv1D as (out, in).
+def matrix(module: nn.Linear | nn.Conv2d | Conv1DLike) -> Tensor:
+    """The weight of an nn.Linear, a convolution or a transformers Conv1D as (out, in).
 
     >>> matrix(nn.Linear(3, 2)).shape
     torch.Size([2, 3])
     """
     weight = module.weight.detach()
-    return weight.t() if is_conv1d(module) else weight
+    return weight.t() if is_conv1d(module) else weight.flatten(1)
 
 
 def is_conv1d(module: object) -> bool:

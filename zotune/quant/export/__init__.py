@@ -38,7 +38,9 @@ class Exporter(Protocol):
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What scales are stored in, in a model whose float tensors are of `dtype`."""
 
-    def check(self, model: nn.Module, layers: Mapping[str, nn.Linear], scheme: Scheme) -> None:
+    def check(
+        self, model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], scheme: Scheme
+    ) -> None:
         """Refuse, before anything is calibrated, a float model that cannot be written.
 
         Raises:

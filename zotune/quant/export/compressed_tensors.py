@@ -14,9 +14,13 @@ import torch
 from torch import nn
 
 from zotune.quant.affine import COMMON_BITS, Scheme
-from zotune.quant.export.safetensors import left_float, write_layers_
+from zotune.quant.export.safetensors import (
+    left_float,
+    linears,
+    refuse_convolutions,
+    write_layers_,
+)
 from zotune.quant.formats.compressed_tensors import CompressedLayout
-from zotune.quant.formats.origin import quantized
 from zotune.quant.formats.scales import FloatScales
 from zotune.quant.linear import QuantLinear
 
@@ -52,12 +56,15 @@ class CompressedTensorsExporter:
         """The model's."""
         return dtype
 
-    def check(self, model: nn.Module, layers: Mapping[str, nn.Linear], scheme: Scheme) -> None:
-        """Anything goes."""
+    def check(
+        self, model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], scheme: Scheme
+    ) -> None:
+        """Linear layers of any size."""
+        refuse_convolutions(layers, self.name)
 
     def write_(self, model: nn.Module, folder: Path, tokenizer: Any) -> None:
         """weight_packed or weight, weight_scale, and what goes with them."""
-        layers = dict(quantized(model))
+        layers = linears(model)
         layouts = {name: _layout(layer) for name, layer in layers.items()}
         write_layers_(model, folder, layouts, _record(model, list(layers.values())))
 

@@ -23,11 +23,12 @@ from zotune.quant.export.gguf_metadata import (
     rope_factors,
 )
 from zotune.quant.export.gguf_tokenizer import add_tokenizer
+from zotune.quant.export.safetensors import linears, refuse_convolutions
 from zotune.quant.formats.gguf_blocks import BlockLayout, unordered
 from zotune.quant.formats.gguf_config import HIDDEN_ROPE
 from zotune.quant.formats.gguf_file import gguf_package
 from zotune.quant.formats.layout import Values, values_of
-from zotune.quant.formats.origin import float_tensors, quantized
+from zotune.quant.formats.origin import float_tensors
 from zotune.quant.linear import QuantLinear
 
 TYPES: Final = {
@@ -51,9 +52,12 @@ class GgufExporter:
         """float16."""
         return torch.float16
 
-    def check(self, model: nn.Module, layers: Mapping[str, nn.Linear], scheme: Scheme) -> None:
+    def check(
+        self, model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], scheme: Scheme
+    ) -> None:
         """A causal model of an architecture and with rotations that metadata are written for."""
         gguf_package()
+        refuse_convolutions(layers, self.name)
         check_config(model)
 
     def write_(self, model: nn.Module, folder: Path, tokenizer: Any) -> None:
@@ -107,7 +111,7 @@ def _parts(model: nn.Module, architecture: str) -> Iterator[_Part]:
     factors = rope_factors(model)
     if factors is not None:
         yield _Part(HIDDEN_ROPE, "F32", factors, None)
-    for name, layer in quantized(model):
+    for name, layer in linears(model).items():
         _round_(layer)
         own = _own_name(names, f"{name}.weight")
         yield _Part(own, TYPES[str(layer.scheme)], layer, _order(own, config, architecture))

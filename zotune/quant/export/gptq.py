@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,9 +19,13 @@ from torch import nn
 
 from zotune.errors import BadInput
 from zotune.quant.affine import COMMON_BITS, Scheme
-from zotune.quant.export.safetensors import left_float, write_layers_
+from zotune.quant.export.safetensors import (
+    left_float,
+    linears,
+    refuse_convolutions,
+    write_layers_,
+)
 from zotune.quant.formats.gptq import SIDECAR, GptqLayout
-from zotune.quant.formats.origin import quantized
 from zotune.quant.linear import QuantLinear, matrix
 
 
@@ -46,8 +51,11 @@ class GptqExporter:
         """bfloat16 in models of it, else float16."""
         return dtype if dtype == torch.bfloat16 else torch.float16
 
-    def check(self, model: nn.Module, layers: Mapping[str, nn.Linear], scheme: Scheme) -> None:
+    def check(
+        self, model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], scheme: Scheme
+    ) -> None:
         """Codes fill whole words along inputs, zero points along outputs."""
+        refuse_convolutions(layers, self.name)
         for name, layer in layers.items():
             for what, count in zip(("outputs", "inputs"), matrix(layer).shape, strict=True):
                 if count * scheme.bits % 32:
@@ -59,7 +67,7 @@ class GptqExporter:
 
     def write_(self, model: nn.Module, folder: Path, tokenizer: Any) -> None:
         """qweight, qzeros, scales, g_idx; quantize_config.json says what config.json says."""
-        layers = dict(quantized(model))
+        layers = linears(model)
         layouts = {name: self._layout(layer) for name, layer in layers.items()}
         record = self._record(model, list(layers.values()))
         write_layers_(model, folder, layouts, record)
@@ -71,8 +79,6 @@ class GptqExporter:
         return GptqLayout(scheme, rows, columns, self.version, dtype)
 
     def _record(self, model: nn.Module, layers: list[QuantLinear]) -> dict[str, Any]:
-        import zotune
-
         scheme = layers[0].scheme
         skipped = [name for name in left_float(model) if name != "lm_head"]
         return {
@@ -85,7 +91,7 @@ class GptqExporter:
             "lm_head": False,
             "pack_dtype": "int32",
             "dynamic": {f"-:^{re.escape(name)}$": {} for name in skipped},
-            "meta": {"quantizer": [f"zotune:{zotune.__version__}"]},
+            "meta": {"quantizer": [f"zotune:{version('zotune')}"]},
         }
 
 

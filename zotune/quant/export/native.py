@@ -29,7 +29,9 @@ class NativeExporter:
         """float32."""
         return torch.float32
 
-    def check(self, model: nn.Module, layers: Mapping[str, nn.Linear], scheme: Scheme) -> None:
+    def check(
+        self, model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], scheme: Scheme
+    ) -> None:
         """Anything goes."""
 
     def write_(self, model: nn.Module, folder: Path, tokenizer: Any) -> None:

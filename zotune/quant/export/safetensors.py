@@ -43,7 +43,7 @@ def write_layers_(
     text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     tensors = _stored_once(float_tensors(model))
-    for name, layer in quantized(model):
+    for name, layer in linears(model).items():
         layer.storage = layouts[name]
         layer.round_to_storage_()
         for part, tensor in layouts[name].whole(values_of(layer)).items():
@@ -57,6 +57,21 @@ def _stored_once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     for name, tensor in named:
         found.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), (name, tensor))
     return dict(found.values())
+
+
+def linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized layers by name, once `refuse_convolutions` has passed them."""
+    return {name: layer for name, layer in quantized(model) if isinstance(layer, QuantLinear)}
+
+
+def refuse_convolutions(layers: Mapping[str, nn.Module], name: str) -> None:
+    """Raises BadInput if there is a convolution among the layers to be quantized."""
+    found = [path for path, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+    if found:
+        raise BadInput(
+            f"format {name!r} holds linear layers; {found[0]!r} is a convolution: exclude it, or "
+            "use format 'zotune'"
+        )
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:

@@ -37,6 +37,7 @@ def fake_quantize_(
     fresh = {
         name: FakeQuantLinear.from_linear(module, scheme, name)
         for name, module in choose(model, scheme, exclude).items()
+        if not isinstance(module, nn.Conv2d)
     }
     for name, layer in fresh.items():
         replace_(model, name, layer)
