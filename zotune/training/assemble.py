@@ -22,6 +22,8 @@ from zotune.training import privacy
 from zotune.training.batches import Batches, PoissonBatches, spread
 from zotune.training.config import TrainConfig
 from zotune.training.folders import all_tensors
+from zotune.training.freezing.freezing import Freezing
+from zotune.training.freezing.plan import Plan, check_early
 from zotune.training.header import check_base, read_record, rebuild_space
 from zotune.training.journal import Journal
 from zotune.training.measuring import measured
@@ -55,6 +57,7 @@ class Bench:
     batches: Batches | PoissonBatches
     added: dict[str, Tensor]
     before: dict[str, float]
+    freezing: Freezing | None = None
 
     @property
     def space(self) -> Space:
@@ -109,6 +112,9 @@ def assemble(
         else read_record(journal.header["space"], SpaceSpec)
     )
     method = privacy.planned(method, len(train_split(task)), config.max_steps)
+    plan = Plan.of(config)
+    if plan is not None:
+        check_early(plan, config, method, spec, prepared, len(train_split(task)))
     batches = _batches(config, task, method)
     shown = batches if isinstance(batches, Batches) else _public(config, task)
     if journal is None:
@@ -142,6 +148,8 @@ def assemble(
     bench = Bench(
         config, loaded, base, task, prepared, method, spec, evaluator, tuner, batches, added, before
     )
+    if plan is not None and isinstance(batches, Batches):
+        bench.freezing = Freezing(plan, config, task, prepared, tuner, batches)
     if bench.private:
         log.info("planned privacy: %s", bench.promise(config.max_steps))
     return bench

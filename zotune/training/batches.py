@@ -56,7 +56,8 @@ class AbstractBatches(ABC):
     def __getitem__(self, step: int) -> Batch | Sequence[Batch]:
         """The batch of a step, whole or in pieces to be run one by one."""
 
-    def _collated(self, chosen: Sequence[int]) -> Batch:
+    def of(self, chosen: Sequence[int]) -> Batch:
+        """A batch of these examples, by their numbers."""
         return self.task.collate([self._encoded(i) for i in chosen])
 
     def _encoded(self, index: int) -> Any:
@@ -80,8 +81,12 @@ class Batches(AbstractBatches):
                 len(examples),
             )
 
+    def chosen(self, step: int) -> list[int]:
+        """The numbers of a step's examples."""
+        return indices(self.seed, step, self.size, len(self.examples))
+
     def __getitem__(self, step: int) -> Batch:
-        return self._collated(indices(self.seed, step, self.size, len(self.examples)))
+        return self.of(self.chosen(step))
 
 
 class PoissonBatches(AbstractBatches):
@@ -107,7 +112,7 @@ class PoissonBatches(AbstractBatches):
 
     def __getitem__(self, step: int) -> list[Batch]:
         chosen, size = poisson(self.size, len(self.examples)), self.together
-        return [self._collated(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        return [self.of(chosen[i : i + size]) for i in range(0, len(chosen), size)]
 
 
 def poisson(expected: int, count: int) -> list[int]:

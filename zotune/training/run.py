@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 from zotune.core.backprop import cosine
 from zotune.core.estimator import Estimate
@@ -12,6 +13,7 @@ from zotune.core.step import StepReport, Tuner
 from zotune.errors import ZotuneError
 from zotune.training import report, snapshots
 from zotune.training.assemble import Bench, final_split, first_split, measure
+from zotune.training.batches import AbstractBatches
 from zotune.training.callbacks import Hooks
 from zotune.training.diagnostics import Diagnostics
 from zotune.training.folders import round_to_storage_, write_model
@@ -38,6 +40,7 @@ class Run:
         self.seconds, self.bad = seconds, bad
         self.metrics = Metrics(self.out, self.tuner.done)
         self.best, self.best_step = self._best_so_far()
+        self.batches: AbstractBatches = bench.batches
         self.window: list[float] = []
         self.diagnostics = Diagnostics(bench.space)
         self.saved = -1
@@ -58,12 +61,14 @@ class Run:
         peak = peak_bytes(self.config.device)
         if self.config.load_best_model_at_end:
             self._load_best()
-        round_to_storage_(self.bench.model)
+        with self._whole():
+            round_to_storage_(self.bench.model)
         after = self._evaluate(final_split(self.bench.task))
         result = self._result(before, after, peak)
         if not result.improved and (advice := self.diagnostics.advice()):
             log.warning("%s", advice)
-        write_model(self.bench.model, self.out / "model", self.bench.loaded)
+        with self._whole():
+            write_model(self.bench.model, self.out / "model", self.bench.loaded)
         self.writer.finish(result.kept)
         result.save()
         report.plot(self.out, self.metrics.rows, self.bench.task.metric)
@@ -86,6 +91,7 @@ class Run:
                 self._look()
                 if self.tuner.done >= total or self.hooks.stop or interrupts.seen:
                     break
+                self._freeze()
                 self.hooks.step_begin()
                 step = self._step()
                 self.hooks.step_end(self.tuner.done, self._epoch)
@@ -96,9 +102,25 @@ class Run:
             log.warning("stopped after step %d; go on with --resume", self.tuner.done)
             raise KeyboardInterrupt
 
+    def _freeze(self) -> None:
+        """Freeze what is due before this step, and start from cached features if there are any."""
+        freezing = self.bench.freezing
+        if freezing is None:
+            return
+        began = time.perf_counter()
+        depth = freezing.due(self.tuner.done)
+        if depth is not None:
+            self._save()  # a run by backprop goes on from here if there is no space for features
+            self.writer.freeze(depth)
+            freezing.freeze_(depth)
+            log.info("step %d: %d of %d layers are frozen", self.tuner.done, depth,
+                     freezing.trunk.depth)  # fmt: skip
+        self.batches = freezing.cache_() or self.bench.batches
+        self.seconds += time.perf_counter() - began
+
     def _step(self) -> StepReport:
         began = time.perf_counter()
-        self.batch = self.bench.batches[self.tuner.done]
+        self.batch = self.batches[self.tuner.done]
         step = self.tuner.step(self.batch)
         self.diagnostics.note(step)
         if not isinstance(self.tuner, Tuner):
@@ -182,7 +204,12 @@ class Run:
         return self.tuner.done * self.bench.batches.size / len(self.bench.batches.examples)
 
     def _evaluate(self, split: str) -> dict[str, float]:
-        return measure(self.config, self.bench.task, self.bench.model, split)
+        with self._whole():
+            return measure(self.config, self.bench.task, self.bench.model, split)
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """The whole model in its place, whatever of it lies on the disk."""
+        return nullcontext() if self.bench.freezing is None else self.bench.freezing.whole()
 
     def _before(self) -> dict[str, float]:
         """What was measured before anything was added to the model; said once."""
@@ -237,3 +264,5 @@ class Run:
 
     def close(self) -> None:
         self.metrics.close()
+        if self.bench.freezing is not None:
+            self.bench.freezing.close()
