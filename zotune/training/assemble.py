@@ -14,11 +14,13 @@ from zotune.core.evaluator import TorchEvaluator
 from zotune.core.method import Method
 from zotune.core.space import Observe, Space, SpaceSpec
 from zotune.core.step import Tuner
+from zotune.errors import BadInput
 from zotune.methods import AnyMethod
 from zotune.models import Loaded, fingerprint
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
 from zotune.training import privacy
+from zotune.training.augmentation import parse_augment
 from zotune.training.batches import Batches, PoissonBatches, spread
 from zotune.training.config import TrainConfig
 from zotune.training.folders import all_tensors
@@ -158,8 +160,11 @@ def assemble(
 def _batches(config: TrainConfig, task: Task, method: AnyMethod) -> Batches | PoissonBatches:
     examples, size = train_split(task), config.per_device_train_batch_size
     if privacy.private(method) is not None:
+        if config.augment is not None:
+            raise BadInput("a private run shows its examples as they are: drop augment")
         return PoissonBatches(task, examples, size, config.micro_batch or 1)
-    return Batches(task, examples, size, config.seed)
+    augmentation = None if config.augment is None else parse_augment(config.augment)
+    return Batches(task, examples, size, config.seed, augmentation)
 
 
 def _public(config: TrainConfig, task: Task) -> Batches:

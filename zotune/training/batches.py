@@ -17,6 +17,7 @@ from zotune.core import secret
 from zotune.errors import BadInput, DataError
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
+from zotune.training.augmentation import Augmentation
 
 log = logging.getLogger("zotune")
 _KEPT = 1 << 13  # encoded examples kept in memory; larger data sets are encoded again when drawn
@@ -69,11 +70,19 @@ class AbstractBatches(ABC):
 
 
 class Batches(AbstractBatches):
-    """Batches of `size` examples each, epoch after epoch in orders that the seed fixes."""
+    """Batches of `size` examples each, epoch after epoch in orders that the seed fixes, as are the
+    transforms of an augmentation."""
 
-    def __init__(self, task: Task, examples: Sequence[Any], size: int, seed: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        examples: Sequence[Any],
+        size: int,
+        seed: int,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         super().__init__(task, examples, size)
-        self.seed = seed
+        self.seed, self.augmentation = seed, augmentation
         if size > len(examples):
             log.warning(
                 "batches of %d examples from %d: examples repeat within a batch",
@@ -85,8 +94,17 @@ class Batches(AbstractBatches):
         """The numbers of a step's examples."""
         return indices(self.seed, step, self.size, len(self.examples))
 
+    def transforms(self, step: int) -> list[int]:
+        """The number of each example's transform in a step; 0 for none."""
+        places = range(step * self.size, (step + 1) * self.size)
+        drawn = self.augmentation.drawn if self.augmentation is not None else lambda *_: 0
+        return [drawn(self.seed, place) for place in places]
+
     def __getitem__(self, step: int) -> Batch:
-        return self.of(self.chosen(step))
+        batch = self.of(self.chosen(step))
+        if self.augmentation is None:
+            return batch
+        return self.augmentation.of(batch, self.transforms(step))
 
 
 class PoissonBatches(AbstractBatches):

@@ -81,6 +81,9 @@ class TrainConfig:
         cache_limit: the most that cache_dir may hold, such as "2GB".
         cache_codec: "lossless" (when null), or "zfp(tolerance=0.1)": errors of at most so many rms
             of the features, times `growth` at each further freeze point.
+        cache_similarity: channels whose maps, transformed, are less alike than this to the maps of
+            transformed images are cached in transformed copies; -1 caches none of them.
+        augment: transforms of training images: "flip + shift(pixels=4)".
         load_best_model_at_end: keep the state of the best evaluation instead of the last.
         seed: fixes the directions and the order of the batches.
         scheme: quantize the float model while loading, such as "int4-g64".
@@ -132,6 +135,8 @@ class TrainConfig:
     cache_dir: str | None = None
     cache_limit: str | None = None
     cache_codec: str | None = None
+    cache_similarity: float = 0.9
+    augment: str | None = None
     load_best_model_at_end: bool = False
     seed: int = 0
     scheme: str | None = None

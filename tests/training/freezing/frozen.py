@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import toys
 import torch
+import toys
 from torch import Tensor, nn
 from torch.nn import functional as F
 

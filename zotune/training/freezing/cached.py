@@ -17,6 +17,7 @@ from zotune.models.cut import Trunk
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
 from zotune.training.batches import AbstractBatches, Batches
+from zotune.training.freezing.channels import Channels
 from zotune.training.freezing.store import Missing, Store
 
 log = logging.getLogger("zotune")
@@ -83,10 +84,10 @@ def pack(state: Tensor, batch: Batch) -> list[Tensor]:
     """The state of each example by itself: (tokens, ...) without padding where the batch has an
     attention mask that fits, else (k, ...) rows."""
     k = state.shape[0] // batch.size
-    parts: list[Tensor] = list(state.detach().cpu().split(k))
+    parts = list(torch.split(state.detach().cpu(), k))
     if not by_tokens(state, batch):
         return parts
-    masks = batch[MASK].bool().cpu().split(k)
+    masks = torch.split(batch[MASK].bool().cpu(), k)
     return [part[mask] for part, mask in zip(parts, masks, strict=True)]
 
 
@@ -118,15 +119,27 @@ class CachedBatches(AbstractBatches):
     in the same way, so that it comes out the same.
     """
 
-    def __init__(self, batches: Batches, store: Store, border: Border, tokens: bool) -> None:
+    def __init__(
+        self,
+        batches: Batches,
+        store: Store,
+        border: Border,
+        tokens: bool,
+        channels: Channels | None = None,
+    ) -> None:
         super().__init__(batches.task, batches.examples, batches.size)
-        self.seed, self.inner = batches.seed, batches
-        self.store, self.border, self.tokens = store, border, tokens
+        self.inner, self.store, self.border = batches, store, border
+        self.tokens, self.channels = tokens, channels
 
     def __getitem__(self, step: int) -> Batch:
         chosen = self.inner.chosen(step)
         batch = self.inner.of(chosen)
-        state = unpack([self._features_of(i) for i in chosen], batch, self.tokens)
+        features = [self._features_of(i) for i in chosen]
+        if self.channels is not None:
+            transforms = self.inner.transforms(step)
+            pairs = zip(features, transforms, strict=True)
+            features = [self.channels.made(record, t).unsqueeze(0) for record, t in pairs]
+        state = unpack(features, batch, self.tokens)
         return Batch({**batch.tensors, STATE: state}, batch.size)
 
     def _features_of(self, index: int) -> Tensor:
@@ -148,9 +161,13 @@ class CachedBatches(AbstractBatches):
     def _compute(self, number: int) -> None:
         members, features = self.store.members(number), list[Tensor]()
         for start in range(0, len(members), self.size):
-            batch = self.inner.of(members[start : start + self.size])
-            features += pack(self.border.state(batch), batch)
-        self.store.put(number, features)
+            part = members[start : start + self.size]  # filled up: as many rows as a step has, so
+            batch = self.inner.of((part * self.size)[: self.size])  # that products round alike
+            if self.channels is None:
+                features += pack(self.border.state(batch), batch)
+            else:
+                features += self.channels.records(batch, self.border.state)
+        self.store.put(number, features[: len(members)])
 
 
 def digest_of_inputs(batches: Batches) -> str:

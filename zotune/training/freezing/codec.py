@@ -98,6 +98,8 @@ class Zfp(Codec):
             raise BadInput(f"growth={self.growth}; want at least 1, the factor per freeze point")
 
     def encode(self, features: Tensor) -> bytes:
+        if not features.numel():
+            return b""
         zfpy = _zfpy()
         wide = torch.float64 if features.dtype == torch.float64 else torch.float32
         values = _planes(features.detach().cpu().to(wide).numpy())
@@ -106,10 +108,9 @@ class Zfp(Codec):
                 "features hold NaN or infinities, which ZFP cannot store; look at the model and "
                 "the data, or use cache_codec='lossless'"
             )
-        if not values.size:
-            return b""
         data: bytes = zfpy.compress_numpy(values, tolerance=self.bound, write_header=True)
-        if np.abs(zfpy.decompress_numpy(data) - values).max() > self.bound:
+        error = zfpy.decompress_numpy(data).astype(np.float64) - values
+        if np.abs(error).max() > self.bound:
             data = zfpy.compress_numpy(values, write_header=True)
         return data
 

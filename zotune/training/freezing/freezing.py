@@ -21,10 +21,12 @@ from zotune.core.backprop import BackpropTuner
 from zotune.core.block import Block
 from zotune.core.step import Tuner
 from zotune.models.cut import Trunk
+from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
 from zotune.training.batches import Batches, spread
 from zotune.training.config import TrainConfig
 from zotune.training.freezing.cached import Border, CachedBatches, by_tokens, pack, rms
+from zotune.training.freezing.channels import Channels
 from zotune.training.freezing.identity import identity_of
 from zotune.training.freezing.parked import FILE, Parked, parkable
 from zotune.training.freezing.plan import Plan, block_levels, check_blocks, frozen_names
@@ -118,24 +120,38 @@ class Freezing:
         state = border.state(first)
         codec = self.plan.codec.fitted(rms(pack(state, first)), self._stage)
         tokens = by_tokens(state, first)
+        channels = self._channels(border, first)
         folder = root / f"depth-{self.depth:02d}"
-        identity = identity_of(border, self.batches, codec, state.dtype, tokens, self.config)
+        identity = identity_of(
+            border, self.batches, codec, state.dtype, tokens, channels, self.config
+        )
         store = Store(
             folder, identity, len(self.batches.examples), codec, state.dtype, self.plan.limit
         )
         store.claim()
         if self.cached is not None:  # the last freeze point's features have had their day
             shutil.rmtree(self.cached.store.folder, ignore_errors=True)
-        cached = CachedBatches(self.batches, store, border, tokens)
+        cached = CachedBatches(self.batches, store, border, tokens, channels)
         made = cached.fill(
             lambda done, of: log.debug("cached chunk %d of %d behind %d layers", done, of,
                                        self.depth)
         )  # fmt: skip
         log.info(
             "%d of %d layers are frozen; their features take %s bytes in %s (%d chunks made now)",
-            self.depth, self.trunk.depth, f"{store.bytes:,}", folder, made,
+            self.depth, self.trunk.depth, f"{store.size:,}", folder, made,
         )  # fmt: skip
         return cached
+
+    def _channels(self, border: Border, few: Batch) -> Channels | None:
+        """Which channels no transform of cached maps can stand for; None without augmentation."""
+        augmentation, least = self.batches.augmentation, self.config.cache_similarity
+        if augmentation is None:
+            return None
+        channels = Channels.measured(augmentation, few, border.state, least)
+        for transform, copied in zip(augmentation.transforms, channels.copied, strict=True):
+            log.info("%s: %d of %d channels are cached transformed", transform, len(copied),
+                     channels.count)  # fmt: skip
+        return channels
 
     def _park(self, folder: Path) -> None:
         lower = [unit.module for unit in self.trunk.below(self.depth)]

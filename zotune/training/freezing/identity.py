@@ -11,6 +11,7 @@ from zotune.models import fingerprint
 from zotune.training.batches import Batches
 from zotune.training.config import TrainConfig
 from zotune.training.freezing.cached import Border, digest_of_inputs
+from zotune.training.freezing.channels import Channels
 from zotune.training.freezing.codec import Codec
 
 
@@ -20,6 +21,7 @@ def identity_of(
     codec: Codec,
     dtype: torch.dtype,
     tokens: bool,
+    channels: Channels | None,
     config: TrainConfig,
 ) -> dict[str, Any]:
     """The header of a cache: frozen part, freeze point, data, length, codec, arithmetic."""
@@ -38,6 +40,7 @@ def identity_of(
         "max_length": config.max_length,
         "codec": repr(codec),
         "layout": "tokens" if tokens else "rows",
+        "channels": None if channels is None else repr(channels),
         "dtype": str(dtype).removeprefix("torch."),
         "compute_dtype": config.compute_dtype,
         "device": torch.device(config.device).type,

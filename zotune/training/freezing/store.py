@@ -143,7 +143,7 @@ class Store:
         return self.codec.decode(data, chunk.shapes[row], self.dtype)
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """What this freeze point's features take on the disk."""
         return folder_bytes(self.folder)
 
@@ -164,7 +164,8 @@ class Store:
             ) from error
 
     def _write(self, path: Path, data: bytes) -> None:
-        check_room(self.folder.parent, len(data), self.limit)
+        old = path.stat().st_size if path.exists() else 0
+        check_room(self.folder.parent, len(data) - old, self.limit)
         write_atomic(path, data)
 
 

@@ -68,7 +68,7 @@ class Watch:
             alike = similarity(self.rule.measure, now[str(layer)], self.before[str(layer)])
             return alike >= self.rule.threshold
         names = [b.name for b in self.blocks(layer)]
-        if any(name not in self.before for name in names) or not self.before:
+        if any(name not in self.before for name in names):
             return False
         moved = sum(_square(now[n].double() - self.before[n]) for n in names)
         whole = sum(_square(now[n].double()) for n in names)
