@@ -6,8 +6,8 @@
 step: seconds of a training step on MiniLM with two thirds of its layers frozen, with their features
 from a cache and without. text: TREC-6 on int4 MiniLM, the same run on features as they are and on
 compressed ones: bytes and accuracy. images: ResNet-20 adapted to lossy CIFAR-10 by backprop, with
-and without a cache, with augmented channels cached where they must be, nowhere, and not augmented.
-Rows are written as they come.
+and without a cache: channels that do not commute cached transformed, none of them, no augmentation.
+One result file per part, written after each method or seed.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ TEXT = {
     "show_progress": False,
 }  # fmt: skip
 BASES = {"whole": "a step with nothing frozen", "frozen": "a step that runs the frozen layers"}
+STEPS: dict[str, tuple[bool, str | None]] = {
+    "whole": (False, None), "frozen": (True, None), "cached": (True, "lossless"),
+    "cached zfp": (True, "zfp(tolerance=2.0)"),
+}  # fmt: skip
+"""Contenders: whether two thirds of the layers are frozen, and how their features are cached."""
 STEP_TARGET, BYTES_TARGET, ACCURACY_TARGET, COMPUTE_TARGET = 0.45, 0.30, 0.5, 0.70
 
 
@@ -45,69 +50,55 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
         __doc__, rounds=7, calls=3, warmup=1, seeds=3, text_steps=500, train_size=1500,
         images=1000, test_images=1500, epochs=10,
     )  # fmt: skip
+    flags.add_argument("--methods", nargs="+", default=["mezo", "adamw"], help="of the step part")
+    flags.add_argument("--codecs", nargs="+", help="of the text part",
+                       default=["lossless", "zfp(tolerance=0.5)", "zfp(tolerance=2.0)"])  # fmt: skip
     flags.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     return flags.parse_args(words)
-
-
-class Rows:
-    """The rows so far, written after each."""
-
-    def __init__(self, given: argparse.Namespace) -> None:
-        self.given, self.rows, self.details = given, list[Row](), dict[str, Any]()
-
-    def add(self, *rows: Row, **details: Any) -> None:
-        self.rows += rows
-        self.details.update(details)
-        report("freezing", self.rows, self.given, **self.details)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     given = options(words)
     begin(given)
-    rows = Rows(given)
     for name in given.only:
-        PARTS[name](given, rows)
+        PARTS[name](given)
 
 
-def step(given: argparse.Namespace, rows: Rows) -> None:
+def step(given: argparse.Namespace) -> None:
     """Contenders share batch, task and model; `whole` is the run that freezing replaces."""
-    with tempfile.TemporaryDirectory() as folder:
-        for method, space in (("mezo", "adapter"), ("adamw", "adapter")):
+    made, seconds = list[Row](), dict[str, Any]()
+    for method in given.methods:
+        with tempfile.TemporaryDirectory() as folder:
             works = {
-                name: stepper(given, Path(folder) / method / name, method, space, frozen, cache)
-                for name, frozen, cache in (
-                    ("whole", False, None), ("frozen", True, None), ("cached", True, "lossless"),
-                    ("cached zfp", True, "zfp(tolerance=2.0)"),
-                )
-            }  # fmt: skip
+                name: stepper(given, Path(folder) / name, method, frozen, codec)
+                for name, (frozen, codec) in STEPS.items()
+            }
             found = interleave(works, rounds=given.rounds, calls=given.calls, warmup=given.warmup)
-            made = [Row(f"{method}: {n} step", found.median(n), "s") for n in works]
-            for name in ("cached", "cached zfp"):
-                for base, words in (("whole", "the same step with nothing frozen"),
-                                    ("frozen", "the same frozen layers run each step")):  # fmt: skip
-                    ratio = found.ratio(name, base)
-                    made.append(
-                        Row(f"{method}: {name} over {base}", ratio, "x", words, STEP_TARGET)
-                    )
-            rows.add(*made, **{f"seconds {method}": found.seconds})
+        made += [Row(f"{method}: {name} step", found.median(name), "s") for name in works]
+        for name in ("cached", "cached zfp"):
+            for base, words in BASES.items():
+                row = f"{method}: {name} over {base}"
+                made.append(Row(row, found.ratio(name, base), "x", words, STEP_TARGET))
+        seconds[method] = found.seconds
+        report("freezing-step", made, given, seconds_per_round=seconds)
 
 
 def stepper(
     given: argparse.Namespace,
     folder: Path,
     method: str,
-    space: str,
     frozen: bool,
-    cache: str | None,
+    codec: str | None,
 ) -> Any:
-    """One training step after another, on batches of 16 x up to 48 tokens of tickets."""
+    """One training step after another, on batches of 16 tickets of at most 48 tokens."""
     targets = f"(rank=1, targets='{UPPER}')" if frozen else "(rank=1)"
     config = TrainConfig(
         model_name_or_path=given.model or minilm(), scheme="int4-g64", task="tickets",
-        output_dir=str(folder / "run"), method=method, space=f"{space}{targets} + head",
-        max_steps=10_000, max_length=48, show_progress=False,
-        freeze=f"{SHARE}@0" if frozen else None, cache_codec=cache,
-        cache_dir=None if cache is None else str(folder / "cache"),
+        output_dir=str(folder / "run"), method=method, space=f"adapter{targets} + head",
+        max_steps=10_000, max_length=48, show_progress=False, max_eval_samples=8,
+        task_options={"train_size": 128},
+        freeze=f"{SHARE}@0" if frozen else None, cache_codec=codec,
+        cache_dir=None if codec is None else str(folder / "cache"),
     )  # fmt: skip
     bench = assemble(config)
     batches: Any = bench.batches
@@ -123,32 +114,27 @@ def stepper(
     return work
 
 
-def text(given: argparse.Namespace, rows: Rows) -> None:
+def text(given: argparse.Namespace) -> None:
     """The same seeds with features as they are and compressed; bytes of fp16 as the yardstick."""
-    codecs = {"lossless": "lossless", "zfp(tolerance=0.5)": "zfp(tolerance=0.5)",
-              "zfp(tolerance=2)": "zfp(tolerance=2.0)"}  # fmt: skip
-    scores: dict[str, list[float]] = {name: [] for name in codecs}
+    scores: dict[str, list[float]] = {name: [] for name in given.codecs}
     sizes = dict[str, float]()
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(given.seeds):
-            for name, codec in codecs.items():
-                place = Path(folder) / f"{seed}-{name}"
-                score, size = text_run(given, place, codec, seed)
-                scores[name].append(100 * score)
-                sizes[name] = size
-                rows.add(scores=scores, cached_bytes=sizes)
-    fp16 = sizes["lossless"] / 2  # float32 as it is: features of the same tokens in half the bytes
-    made = []
-    for name in codecs:
-        made.append(Row(f"TREC, {name}: accuracy", mean(scores[name]), "%"))
-        made.append(Row(f"TREC, {name}: spread", spread(scores[name]), "%"))
-        if name != "lossless":
-            lost = mean(scores["lossless"]) - mean(scores[name])
-            made.append(Row(f"TREC, {name}: accuracy lost", lost, "points", "lossless features",
-                            ACCURACY_TARGET))  # fmt: skip
-            made.append(Row(f"TREC, {name}: bytes", sizes[name] / fp16, "x", "features in fp16",
-                            BYTES_TARGET))  # fmt: skip
-    rows.add(*made)
+    for seed in range(given.seeds):
+        for codec in given.codecs:
+            with tempfile.TemporaryDirectory() as folder:
+                score, sizes[codec] = text_run(given, Path(folder), codec, seed)
+            scores[codec].append(100 * score)
+        fp16 = sizes["lossless"] / 2  # lossless is float32
+        made = []
+        for codec in given.codecs:
+            lost = mean(scores["lossless"]) - mean(scores[codec])
+            made += [
+                Row(f"{codec}: accuracy", mean(scores[codec]), "%"),
+                Row(f"{codec}: spread over seeds", spread(scores[codec]), "%"),
+                Row(f"{codec}: accuracy lost", lost, "points", "lossless", ACCURACY_TARGET),
+                Row(f"{codec}: bytes", sizes[codec] / fp16, "x", "features in fp16",
+                    None if codec == "lossless" else BYTES_TARGET),
+            ]  # fmt: skip
+        report("freezing-text", made, given, scores=scores, cached_bytes=sizes)
 
 
 def text_run(given: argparse.Namespace, folder: Path, codec: str, seed: int) -> tuple[float, int]:
@@ -164,7 +150,7 @@ def text_run(given: argparse.Namespace, folder: Path, codec: str, seed: int) -> 
     return result.after, sum(p.stat().st_size for p in (folder / "cache").rglob("chunk-*"))
 
 
-def images(given: argparse.Namespace, rows: Rows) -> None:
+def images(given: argparse.Namespace) -> None:
     """Backprop on the upper third of a network whose lower two thirds are frozen."""
     aware = "cached, similarity-aware"
     runs: dict[str, dict[str, Any]] = {
@@ -176,21 +162,28 @@ def images(given: argparse.Namespace, rows: Rows) -> None:
     for seed in range(given.seeds):
         for name, changes in runs.items():
             found[name].append(resnet20.adapt(given, seed, **changes))
-            rows.add(images=found)
-    base = found["uncached"]
-    made = []
-    for name, results in found.items():
-        scores = [100 * r["accuracy"] for r in results]
-        made.append(Row(f"ResNet-20, {name}: accuracy", mean(scores), "%"))
-        made.append(Row(f"ResNet-20, {name}: spread", spread(scores), "%"))
-        for key, target in (("compute", COMPUTE_TARGET), ("seconds", None)):
-            ratio = mean(r[key] for r in results) / mean(r[key] for r in base)
-            made.append(Row(f"ResNet-20, {name}: {key}", ratio, "x", "uncached, frozen alike",
-                            target if name == aware else None))  # fmt: skip
-        lost = 100 * mean(r["accuracy"] for r in base) - mean(scores)
-        made.append(Row(f"ResNet-20, {name}: accuracy lost", lost, "points", "uncached",
-                        ACCURACY_TARGET if name == aware else None))  # fmt: skip
-    rows.add(*made)
+        made = [row for name in runs for row in image_rows(name, found, name == aware)]
+        report("freezing-images", made, given, runs=found)
+
+
+def image_rows(name: str, found: dict[str, list[dict[str, float]]], targeted: bool) -> list[Row]:
+    """Accuracy, and what it cost beside the uncached run."""
+
+    def average(run: str, key: str) -> float:
+        return mean(result[key] for result in found[run])
+
+    scores = [100 * result["accuracy"] for result in found[name]]
+    lost = 100 * average("uncached", "accuracy") - mean(scores)
+    limits = (COMPUTE_TARGET, ACCURACY_TARGET) if targeted else (None, None)
+    work = average(name, "compute") / average("uncached", "compute")
+    seconds = average(name, "seconds") / average("uncached", "seconds")
+    return [
+        Row(f"{name}: accuracy", mean(scores), "%"),
+        Row(f"{name}: spread over seeds", spread(scores), "%"),
+        Row(f"{name}: accuracy lost", lost, "points", "uncached", limits[1]),
+        Row(f"{name}: compute", work, "x", "uncached, the same layers frozen", limits[0]),
+        Row(f"{name}: seconds", seconds, "x", "uncached, the same layers frozen"),
+    ]
 
 
 def spread(values: Sequence[float]) -> float:

@@ -113,10 +113,10 @@ def assemble(
         if journal is None
         else read_record(journal.header["space"], SpaceSpec)
     )
-    method = privacy.planned(method, len(train_split(task)), config.max_steps)
     plan = Plan.of(config)
     if plan is not None:
         check_early(plan, config, method, spec, prepared, len(train_split(task)))
+    method = privacy.planned(method, len(train_split(task)), config.max_steps)
     batches = _batches(config, task, method)
     shown = batches if isinstance(batches, Batches) else _public(config, task)
     if journal is None:

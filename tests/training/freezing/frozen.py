@@ -28,11 +28,11 @@ def bert(layers: int = LAYERS) -> nn.Module:
         return toys.fill_(BertForSequenceClassification(config))
 
 
-def texts(count: int = 24, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Rows of one width whose masks have different lengths."""
+def texts(count: int = 24, seed: int = 0, least: int = 2) -> list[dict[str, Tensor]]:
+    """Rows of one width whose masks have different lengths, `least` or more."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, toys.VOCABULARY, (count, LENGTH), generator=generator)
-    lengths = torch.randint(2, LENGTH + 1, (count, 1), generator=generator)
+    lengths = torch.randint(least, LENGTH + 1, (count, 1), generator=generator)
     mask = (torch.arange(LENGTH) < lengths).long()
     return [
         {"input_ids": i * m, "attention_mask": m, "label": (i * m).sum() % 3}
@@ -106,7 +106,7 @@ def image_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch["pixels"]).float(), batch["label"], reduction="none")
 
 
-MODELS = {"bert": bert, "cnn": cnn, "resnet": resnet}
+MODELS = {"bert": bert, "even": bert, "cnn": cnn, "resnet": resnet}
 
 
 def model(kind: str = "bert") -> nn.Module:
@@ -114,8 +114,9 @@ def model(kind: str = "bert") -> nn.Module:
 
 
 def task(kind: str = "bert", count: int = 24) -> Objective:
-    if kind == "bert":
-        return Objective(text_loss, texts(count), texts(8, 1))
+    if kind in ("bert", "even"):
+        least = 2 if kind == "bert" else LENGTH
+        return Objective(text_loss, texts(count, least=least), texts(8, 1))
     return Objective(image_loss, images(count), images(8, 1))
 
 
