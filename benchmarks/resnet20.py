@@ -123,7 +123,7 @@ def adapt(
             lr_scheduler_type="linear", per_device_train_batch_size=BATCH, augment=augment,
             freeze=f"{SHARE}@0" if frozen else None, report_to="none", save_steps=0,
             cache_dir=None if cache is None else f"{folder}/cache", show_progress=False,
-            cache_similarity=0.9 if cache is None else cache, journal_sync=100,
+            cache_similarity=0.6 if cache is None else cache, journal_sync=100,
         )  # fmt: skip
         result = train(config, model=pretrained(), task=task)
         filled = 0 if cache is None else passes(Path(folder) / "cache")

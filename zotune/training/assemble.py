@@ -14,7 +14,6 @@ from zotune.core.evaluator import TorchEvaluator
 from zotune.core.method import Method
 from zotune.core.space import Observe, Space, SpaceSpec
 from zotune.core.step import Tuner
-from zotune.errors import BadInput
 from zotune.methods import AnyMethod
 from zotune.models import Loaded, fingerprint
 from zotune.tasks.batch import Batch
@@ -115,7 +114,7 @@ def assemble(
     )
     plan = Plan.of(config)
     if plan is not None:
-        check_early(plan, config, method, spec, prepared, len(train_split(task)))
+        check_early(plan, config, spec, prepared, len(train_split(task)))
     method = privacy.planned(method, len(train_split(task)), config.max_steps)
     batches = _batches(config, task, method)
     shown = batches if isinstance(batches, Batches) else _public(config, task)
@@ -160,8 +159,6 @@ def assemble(
 def _batches(config: TrainConfig, task: Task, method: AnyMethod) -> Batches | PoissonBatches:
     examples, size = train_split(task), config.per_device_train_batch_size
     if privacy.private(method) is not None:
-        if config.augment is not None:
-            raise BadInput("a private run shows its examples as they are: drop augment")
         return PoissonBatches(task, examples, size, config.micro_batch or 1)
     augmentation = None if config.augment is None else parse_augment(config.augment)
     return Batches(task, examples, size, config.seed, augmentation)

@@ -135,7 +135,7 @@ class TrainConfig:
     cache_dir: str | None = None
     cache_limit: str | None = None
     cache_codec: str | None = None
-    cache_similarity: float = 0.9
+    cache_similarity: float = 0.6
     augment: str | None = None
     load_best_model_at_end: bool = False
     seed: int = 0

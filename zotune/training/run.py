@@ -59,16 +59,18 @@ class Run:
         reset_peak(self.config.device)
         self._train()
         peak = peak_bytes(self.config.device)
+        with self._whole():
+            return self._finish(before, peak)
+
+    def _finish(self, before: dict[str, float], peak: int) -> Result:
         if self.config.load_best_model_at_end:
             self._load_best()
-        with self._whole():
-            round_to_storage_(self.bench.model)
+        round_to_storage_(self.bench.model)
         after = self._evaluate(final_split(self.bench.task))
         result = self._result(before, after, peak)
         if not result.improved and (advice := self.diagnostics.advice()):
             log.warning("%s", advice)
-        with self._whole():
-            write_model(self.bench.model, self.out / "model", self.bench.loaded)
+        write_model(self.bench.model, self.out / "model", self.bench.loaded)
         self.writer.finish(result.kept)
         result.save()
         report.plot(self.out, self.metrics.rows, self.bench.task.metric)

@@ -15,12 +15,11 @@ import toys
 from training.freezing import frozen
 
 from zotune import methods
-from zotune.core import spaces
 from zotune.errors import BadInput, ZotuneError
-from zotune.training import report, snapshots
+from zotune.training import privacy, report, snapshots
 from zotune.training.freezing import freezing as freezings
 from zotune.training.freezing import store as stores
-from zotune.training.freezing.plan import Plan, check_early
+from zotune.training.freezing.codec import Zfp
 from zotune.training.freezing.store import CacheFull
 from zotune.training.journal import Journal
 from zotune.training.loop import train
@@ -333,14 +332,26 @@ def test_settings_that_cannot_work_are_refused_before_training(
     assert not (tmp_path / "x").exists()
 
 
-def test_private_runs_neither_freeze_nor_augment(tmp_path: Path) -> None:
-    given = frozen.config(tmp_path / "run")
-    plan = Plan.of(given)
-    assert plan is not None
-    method = methods.parse("dp-zo")
-    spec = spaces.parse("head")
-    with pytest.raises(BadInput, match="private run"):
-        check_early(plan, given, method, spec, frozen.model(), 24)
+@pytest.mark.parametrize("options", [{}, {"freeze": None, "augment": "flip"}])
+def test_private_runs_neither_freeze_nor_augment(tmp_path: Path, options: dict[str, Any]) -> None:
+    given = frozen.config(tmp_path / "run", **options)
+    with pytest.raises(BadInput, match="neither freeze nor augment"):
+        privacy.check(methods.parse("dp-zo"), frozen.task(), given)
+
+
+def test_each_freeze_point_has_a_larger_bound_than_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, bounds = Zfp.fitted, list[float]()
+
+    def fitted(self: Zfp, rms: float, stage: int) -> Zfp:
+        bounds.append(fit(self, rms, stage).bound / rms)
+        return fit(self, rms, stage)
+
+    monkeypatch.setattr(Zfp, "fitted", fitted)
+    given = {"freeze": "0.5@4,0.75@10", "max_steps": 20, "cache_dir": str(tmp_path / "cache")}
+    end(tmp_path / "run", "cnn", count=12, cache_codec="zfp(tolerance=0.1, growth=3.0)", **given)
+    assert bounds == pytest.approx([0.1, 0.3])
 
 
 def test_tied_weights_across_the_freeze_point_are_refused_but_may_stay_frozen(

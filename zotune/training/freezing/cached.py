@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,8 +116,8 @@ def by_tokens(state: Tensor, batch: Batch) -> bool:
 class CachedBatches(AbstractBatches):
     """The same examples in the same order, with their features from a store.
 
-    A chunk that is missing or damaged is computed (again) by `border`; its batches are always cut
-    in the same way, so that it comes out the same.
+    A chunk that is missing or damaged is computed (again) by `border`, with the `whole` model in
+    its place; its batches are always cut in the same way, so that it comes out the same.
     """
 
     def __init__(
@@ -125,11 +126,12 @@ class CachedBatches(AbstractBatches):
         store: Store,
         border: Border,
         tokens: bool,
-        channels: Channels | None = None,
+        channels: Channels | None,
+        whole: Callable[[], AbstractContextManager[None]],
     ) -> None:
         super().__init__(batches.task, batches.examples, batches.size)
         self.inner, self.store, self.border = batches, store, border
-        self.tokens, self.channels = tokens, channels
+        self.tokens, self.channels, self.whole = tokens, channels, whole
 
     def __getitem__(self, step: int) -> Batch:
         chosen = self.inner.chosen(step)
@@ -163,10 +165,11 @@ class CachedBatches(AbstractBatches):
         for start in range(0, len(members), self.size):
             part = members[start : start + self.size]  # filled up: as many rows as a step has, so
             batch = self.inner.of((part * self.size)[: self.size])  # that products round alike
-            if self.channels is None:
-                features += pack(self.border.state(batch), batch)
-            else:
-                features += self.channels.records(batch, self.border.state)
+            with self.whole():
+                if self.channels is None:
+                    features += pack(self.border.state(batch), batch)
+                else:
+                    features += self.channels.records(batch, self.border.state)
         self.store.put(number, features[: len(members)])
 
 

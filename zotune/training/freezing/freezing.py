@@ -78,7 +78,8 @@ class Freezing:
         if isinstance(self.plan.schedule, Fixed):
             wanted = self.plan.schedule.depth(step, self.trunk.depth)
         elif self.watch is not None and self.watch.due(step):
-            calm = self.watch.look_(self.depth, self.deepest)
+            with self.whole():
+                calm = self.watch.look_(self.depth, self.deepest)
             wanted = calm if self._worth_it(step) else self.depth
         return wanted if wanted > self.depth else None
 
@@ -131,7 +132,7 @@ class Freezing:
         store.claim()
         if self.cached is not None:  # the last freeze point's features have had their day
             shutil.rmtree(self.cached.store.folder, ignore_errors=True)
-        cached = CachedBatches(self.batches, store, border, tokens, channels)
+        cached = CachedBatches(self.batches, store, border, tokens, channels, self.whole)
         made = cached.fill(
             lambda done, of: log.debug("cached chunk %d of %d behind %d layers", done, of,
                                        self.depth)

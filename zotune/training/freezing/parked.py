@@ -25,6 +25,7 @@ class Parked:
     def __init__(self, tensors: dict[str, Tensor], path: Path) -> None:
         self.tensors = tensors
         self.device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        self.away = True
         _write(tensors, path)
         self.mapped = _mapped(path)
         self._put(self.mapped)
@@ -35,10 +36,11 @@ class Parked:
 
     @contextmanager
     def present(self) -> Iterator[None]:
-        """The tensors where the model runs."""
-        if self.device.type == "cpu":
+        """The tensors where the model runs; may be entered again inside."""
+        if self.device.type == "cpu" or not self.away:
             yield
             return
+        self.away = False
         self._put({name: value.to(self.device) for name, value in self.mapped.items()})
         try:
             yield
@@ -46,6 +48,7 @@ class Parked:
             for name, tensor in self.tensors.items():
                 self.mapped[name].copy_(tensor.data)
             self._put(self.mapped)
+            self.away = True
 
 
 def parkable(modules: Sequence[nn.Module], model: nn.Module) -> dict[str, Tensor]:

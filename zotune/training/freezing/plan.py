@@ -11,9 +11,7 @@ from torch import nn
 from zotune.core.space import Space, SpaceSpec, SpaceSum
 from zotune.core.spaces import Head
 from zotune.errors import BadInput
-from zotune.methods import AnyMethod
 from zotune.models.cut import Trunk, layers_of
-from zotune.training import privacy
 from zotune.training.config import TrainConfig
 from zotune.training.freezing.codec import Codec, parse_codec
 from zotune.training.freezing.schedule import Fixed, Schedule, depth_of, parse_freeze
@@ -58,7 +56,6 @@ class Plan:
 def check_early(
     plan: Plan,
     config: TrainConfig,
-    method: AnyMethod,
     spec: SpaceSpec,
     model: nn.Module,
     examples: int,
@@ -66,14 +63,9 @@ def check_early(
     """Refuse, before anything is run, what cannot work.
 
     Raises:
-        BadInput: a private run, no layers, a freeze point that comes too late or freezes nothing,
+        BadInput: no layers, a freeze point that comes too late or freezes nothing,
             a cache that nobody would read twice, a head that reads every layer.
     """
-    if privacy.private(method) is not None:
-        raise BadInput(
-            "a private run picks its examples by chance and shows none of them; it cannot freeze "
-            "or cache: drop freeze, or use another method"
-        )
     parts = spec.parts if isinstance(spec, SpaceSum) else (spec,)
     if any(isinstance(part, Head) and part.layers == "all" for part in parts):
         raise BadInput(
