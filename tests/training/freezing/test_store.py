@@ -14,7 +14,8 @@ from zotune.errors import BadInput, FormatError, ZotuneError
 from zotune.training import snapshots
 from zotune.training.freezing import store as stores
 from zotune.training.freezing.codec import Lossless, Zfp
-from zotune.training.freezing.store import CacheFull, Missing, Store, folder_bytes, parse_bytes
+from zotune.training.freezing.plan import parse_bytes
+from zotune.training.freezing.store import CacheFull, Missing, Store, folder_bytes
 
 COUNT = 11
 WHOSE = {"model": "abc", "depth": 4, "codec": "Lossless(bound=0.0)"}
@@ -91,6 +92,14 @@ def test_a_cache_of_anything_else_is_refused_by_name(tmp_path: Path, key: str) -
     filled(tmp_path)
     with pytest.raises(BadInput, match=f"features of another run: {key} "):
         store(tmp_path, identity={**WHOSE, key: "other"}).claim()
+
+
+def test_chunks_under_a_foreign_header_count_as_missing(tmp_path: Path) -> None:
+    made = filled(tmp_path)
+    (made.folder / stores.HEADER).unlink()
+    other = store(tmp_path, identity={**WHOSE, "model": "other"})
+    other.claim()
+    assert not any(other.holds(number) for number in range(other.chunks))
 
 
 def test_a_header_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from zotune.models.cut import Trunk, layers_of
 from zotune.training.config import TrainConfig
 from zotune.training.freezing.codec import Codec, parse_codec
 from zotune.training.freezing.schedule import Fixed, Schedule, depth_of, parse_freeze
-from zotune.training.freezing.store import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -160,3 +160,23 @@ def _strictly_inside(module: nn.Module) -> Iterator[nn.Module]:
 def frozen_names(levels: Mapping[str, int], depth: int) -> set[str]:
     """The blocks that stay as they are once `depth` layers are frozen."""
     return {name for name, level in levels.items() if level <= depth}
+
+
+_SIZE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes as people write it.
+
+    >>> parse_bytes("2GB"), parse_bytes("1.5 MB"), parse_bytes("4096")
+    (2000000000, 1500000, 4096)
+    """
+    plain = str(text).strip().lower().removesuffix("b").strip()
+    unit = plain[-1:] if plain[-1:] in _SIZE else ""
+    try:
+        value = float(plain.removesuffix(unit)) * _SIZE[unit]
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise BadInput(f"cache_limit={text!r} is no number of bytes; write '500MB' or '2GB'")
+    return int(value)

@@ -10,8 +10,8 @@ read. A chunk that is damaged is taken for missing: whoever owns the model compu
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +72,8 @@ class Store:
     ) -> None:
         self.folder, self.count, self.codec, self.dtype = folder, count, codec, dtype
         self.identity, self.limit = {"version": VERSION, **identity}, limit
+        text = json.dumps(self.identity, sort_keys=True)
+        self._whose = hashlib.sha256(text.encode()).hexdigest()
         self._order = permutation(0, 0, count)
         self._place = np.empty(count, np.int64)
         self._place[self._order] = np.arange(count)
@@ -123,7 +125,7 @@ class Store:
             "sums": torch.tensor([zlib.crc32(p) for p in pieces]),
             "shapes": torch.tensor([[*f.shape] + [-1] * (rank - f.dim()) for f in features]),
         }
-        data = save(tensors, metadata={"index": str(_index_sum(tensors))})
+        data = save(tensors, metadata={"index": str(_index_sum(tensors)), "whose": self._whose})
         self._open.pop(number, None)
         self._write(self._path(number), data)
 
@@ -152,7 +154,8 @@ class Store:
 
     def _chunk(self, number: int) -> _Chunk:
         if number not in self._open:
-            self._open[number] = _read(self._path(number), number, len(self.members(number)))
+            count = len(self.members(number))
+            self._open[number] = _read(self._path(number), number, count, self._whose)
         return self._open[number]
 
     def _make_folder(self) -> None:
@@ -205,7 +208,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def _read(path: Path, number: int, count: int) -> _Chunk:
+def _read(path: Path, number: int, count: int, whose: str) -> _Chunk:
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -213,11 +216,12 @@ def _read(path: Path, number: int, count: int) -> _Chunk:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("data", "ends", "sums", "shapes")}
-            wanted = (file.metadata() or {}).get("index")
+            told = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise Missing(number, "damaged") from error
     whole = all(len(tensors[name]) == count for name in ("ends", "sums", "shapes"))
-    if not whole or str(_index_sum(tensors)) != wanted:
+    wanted = {"index": str(_index_sum(tensors)), "whose": whose}
+    if not whole or told != wanted:
         raise Missing(number, "damaged")
     shapes = [tuple(n for n in row if n >= 0) for row in tensors["shapes"].tolist()]
     ends, sums = tensors["ends"].tolist(), tensors["sums"].tolist()
@@ -230,23 +234,3 @@ def _index_sum(tensors: dict[str, Tensor]) -> int:
     for name in ("ends", "sums", "shapes"):
         total = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), total)
     return total
-
-
-_SIZE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-
-
-def parse_bytes(text: str) -> int:
-    """A number of bytes as people write it.
-
-    >>> parse_bytes("2GB"), parse_bytes("1.5 MB"), parse_bytes("4096")
-    (2000000000, 1500000, 4096)
-    """
-    plain = str(text).strip().lower().removesuffix("b").strip()
-    unit = plain[-1:] if plain[-1:] in _SIZE else ""
-    try:
-        value = float(plain.removesuffix(unit)) * _SIZE[unit]
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise BadInput(f"cache_limit={text!r} is no number of bytes; write '500MB' or '2GB'")
-    return int(value)
