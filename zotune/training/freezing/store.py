@@ -30,6 +30,7 @@ from zotune.training.snapshots import write_atomic
 HEADER = "header.json"
 VERSION = 1
 CHUNK = 256  # examples
+_SEAL = "zotune"  # one key, because the order of several is not fixed
 
 
 class CacheFull(ZotuneError):
@@ -125,7 +126,7 @@ class Store:
             "sums": torch.tensor([zlib.crc32(p) for p in pieces]),
             "shapes": torch.tensor([[*f.shape] + [-1] * (rank - f.dim()) for f in features]),
         }
-        data = save(tensors, metadata={"index": str(_index_sum(tensors)), "whose": self._whose})
+        data = save(tensors, metadata={_SEAL: _sealed(tensors, self._whose)})
         self._open.pop(number, None)
         self._write(self._path(number), data)
 
@@ -216,21 +217,20 @@ def _read(path: Path, number: int, count: int, whose: str) -> _Chunk:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("data", "ends", "sums", "shapes")}
-            told = file.metadata() or {}
+            seal = (file.metadata() or {}).get(_SEAL)
     except (OSError, SafetensorError) as error:
         raise Missing(number, "damaged") from error
     whole = all(len(tensors[name]) == count for name in ("ends", "sums", "shapes"))
-    wanted = {"index": str(_index_sum(tensors)), "whose": whose}
-    if not whole or told != wanted:
+    if not whole or seal != _sealed(tensors, whose):
         raise Missing(number, "damaged")
     shapes = [tuple(n for n in row if n >= 0) for row in tensors["shapes"].tolist()]
     ends, sums = tensors["ends"].tolist(), tensors["sums"].tolist()
     return _Chunk(tensors["data"].numpy(), ends, sums, shapes)
 
 
-def _index_sum(tensors: dict[str, Tensor]) -> int:
-    """One checksum over all but the data."""
+def _sealed(tensors: dict[str, Tensor], whose: str) -> str:
+    """What a chunk says of itself: whose it is, and one checksum over all but the data."""
     total = 0
     for name in ("ends", "sums", "shapes"):
         total = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), total)
-    return total
+    return f"{whose} {total:08x}"
