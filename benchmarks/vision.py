@@ -84,8 +84,8 @@ class Problem:
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig(
                 model_name_or_path=str(self.folder), output_dir=out, seed=seed,
-                task=f"cifar10(flip=True, crop=2, train_size={given.train}, dev_size={given.dev}, "
-                     f"test_size={test})",
+                task=f"cifar10(train_size={given.train}, dev_size={given.dev}, test_size={test})",
+                augment="flip + shift(pixels=2)",
                 method=contender.method, space=contender.space, learning_rate=rate,
                 max_steps=steps, eval_steps=steps, save_steps=0, threads=given.threads,
                 per_device_train_batch_size=given.batch, per_device_eval_batch_size=250,

@@ -34,7 +34,7 @@ def test_full_tuning_is_torchs_adamw_step_for_step(make: Any) -> None:
     ours, theirs = make(), make().requires_grad_(True)
     method = Backprop(lr=0.01, weight_decay=0.1, clip=0.5, schedule=Schedule("linear", 1))
     tuner = tuner_of(ours, "weights", method, total=5)
-    decays = {b.name: b.decay for b in tuner.blocks}
+    decays = {b.name: b.decay for b in tuner.gradient.blocks}
     groups = [
         {"params": [p], "weight_decay": 0.1 * decays[n]} for n, p in theirs.named_parameters()
     ]

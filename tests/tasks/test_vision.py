@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from zotune import tasks
@@ -22,7 +22,6 @@ from zotune.models import Loaded
 from zotune.tasks import ImageClassification
 from zotune.tasks.pictures import Arrays, Encoded, decoded
 from zotune.tasks.preprocessing import FILE, Preprocessing
-from zotune.tasks.vision import Augmentation
 
 Write = Callable[..., Path]
 
@@ -46,10 +45,6 @@ def png(pixels: Any) -> bytes:
 
 def picture(value: int, side: int = 6, channels: int = 3) -> Any:
     return np.full((side, side, channels) if channels > 1 else (side, side), value)
-
-
-def draws(*numbers: float) -> Callable[[str, int], Tensor]:
-    return lambda name, count: torch.tensor(numbers)[:count]
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +255,7 @@ def test_grey_and_colour_become_each_other() -> None:
     ("options", "message"),
     [
         ({"channels": 2}, "channels=2; want 1"), ({"std": 0.0}, "want a std > 0"),
-        ({"crop": -1}, "crop=-1"), ({"objective": "beauty"}, "objective='beauty'"),
+        ({"objective": "beauty"}, "objective='beauty'"),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -334,28 +329,3 @@ def test_pictures_of_different_sizes_want_a_size() -> None:
         task.batch(rows)
     task = ImageClassification({"train": rows}, held, ["x", "y"], size=3)
     assert task.batch(rows)["pixels"].shape == (2, 1, 3, 3)
-
-
-# ---- augmentation --------------------------------------------------------------------
-
-
-def test_pictures_are_mirrored_and_moved_by_the_numbers_drawn() -> None:
-    pixels = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3).repeat(2, 1, 1, 1)
-    found = Augmentation(flip=True, crop=1).apply(pixels, draws(0.1, 0.9, 0.0, 0.5, 0.99, 0.5))
-    assert found[0, 0].tolist() == [[0, 0, 0], [2, 1, 0], [5, 4, 0]]  # up and to the right
-    assert torch.equal(found[1], pixels[1])
-
-
-def test_every_crop_is_as_likely() -> None:
-    pixels = torch.ones(20_000, 1, 1, 1, dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(0)
-    kept = Augmentation(crop=1).apply(
-        pixels, lambda name, count: torch.rand(count, generator=generator)
-    )
-    # one of nine places shows the pixel; 5 standard deviations of a share of 20,000
-    assert abs(float(kept.float().mean()) - 1 / 9) < 5 * (8 / 81 / 20_000) ** 0.5
-
-
-def test_a_task_without_augmentation_leaves_batches_alone(digits: ImageClassification) -> None:
-    batch = digits.batch(digits.split("dev")[:3])
-    assert digits.varied(batch, draws()) is batch

@@ -14,7 +14,7 @@ from zotune.models import fingerprint, load, write
 from zotune.models.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from zotune.training import EvalConfig, TrainConfig, evaluate, replay, train
 
-TASK = "digits(train_size=60, dev_size=20, test_size=20, size=8, flip=True, crop=1)"
+TASK = "digits(train_size=60, dev_size=20, test_size=20, size=8)"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def config(folder: Path, out: Path, **options: Any) -> TrainConfig:
     given = {
         "model_name_or_path": str(folder), "task": TASK, "output_dir": str(out), "max_steps": 6,
         "per_device_train_batch_size": 4, "report_to": "none", "show_progress": False,
-        "save_steps": 3, "scheme": "int8-channel",
+        "save_steps": 3, "scheme": "int8-channel", "augment": "flip + shift(pixels=1)",
     }  # fmt: skip
     return TrainConfig(**{**given, **options})
 

@@ -6,7 +6,7 @@ can show what a gradient would have bought, and what it costs in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,6 +86,12 @@ class Gradient:
                 leaf.grad /= max(whole, 1e-30)
         return total / max(whole, 1e-30)
 
+    def forget_(self, names: set[str]) -> list[Tensor]:
+        """No gradient of these blocks any more; gives back their leaves."""
+        self.blocks = [b for b in self.blocks if b.name not in names]
+        self.sites = sites_of(self.blocks)
+        return [self.leaves.pop(name) for name in names & self.leaves.keys()]
+
     def _held(self) -> ExitStack:
         """Every site holding its leaves: the model's own tensors need no gradient."""
         stack = ExitStack()
@@ -107,7 +113,7 @@ def cosine(tuner: Tuner, estimate: Estimate, batch: Any) -> float:
     """
     if not isinstance(tuner.evaluator, TorchEvaluator):
         raise BadInput("the true gradient needs a torch model; drop check_gradient")
-    true = Gradient(tuner.space.probed, tuner.evaluator)
+    true = Gradient(tuner.active.probed, tuner.evaluator)
     true.backward(batch)
     both = ours = theirs = 0.0
     with torch.no_grad():
@@ -133,16 +139,16 @@ class BackpropTuner:
         space.bind_(1.0, method.lr, "absolute")
         space.check_decay(method.weight_decay)
         self.space, self.method, self.evaluator, self.total = space, method, evaluator, total
+        self.active = space
         self.gradient = Gradient(space.blocks, evaluator)
-        self.blocks, self.leaves = self.gradient.blocks, self.gradient.leaves
         self.done = self.applied = 0
         groups: list[dict[str, Any]] = [
             {
-                "params": [self.leaves[b.name]],
+                "params": [self.gradient.leaves[b.name]],
                 "weight_decay": method.weight_decay * b.decay,
                 "lr": b.lr if b.lr is not None else method.lr,
             }
-            for b in self.blocks
+            for b in self.gradient.blocks
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(method.b1, method.b2))
         self.rates = [g["lr"] for g in groups]
@@ -155,7 +161,7 @@ class BackpropTuner:
         self.optimizer.zero_grad()
         loss = self.gradient.backward(batch)
         self.evaluator.forwards += 1
-        leaves = list(self.leaves.values())
+        leaves = list(self.gradient.leaves.values())
         finite = bool(torch.tensor(loss).isfinite())
         if finite:
             limit = self.method.clip or float("inf")
@@ -169,24 +175,38 @@ class BackpropTuner:
             self._write_back()
         return report
 
+    def freeze_(self, names: Iterable[str]) -> None:
+        """From now on these blocks stay as they are; their moments go."""
+        gone = set(names)
+        self.active = self.active.without(gone)
+        for leaf in self.gradient.forget_(gone):
+            self.optimizer.state.pop(leaf, None)
+        held = {id(leaf) for leaf in self.gradient.leaves.values()}
+        groups = zip(self.optimizer.param_groups, self.rates, strict=True)
+        kept = [(group, rate) for group, rate in groups if id(group["params"][0]) in held]
+        self.optimizer.param_groups[:] = [group for group, _ in kept]
+        self.rates = [rate for _, rate in kept]
+
     @torch.no_grad()
     def _write_back(self) -> None:
-        for block in self.blocks:
-            leaf = self.leaves[block.name]
+        for block in self.gradient.blocks:
+            leaf = self.gradient.leaves[block.name]
             if block.minimum is not None:
                 leaf.clamp_min_(block.minimum)
             block.load_(leaf)
 
     def state_tensors(self) -> dict[str, Tensor]:
         out = {f"block/{name}": value for name, value in self.space.state().items()}
-        for name, leaf in self.leaves.items():
+        for name, leaf in self.gradient.leaves.items():
             out[f"leaf/{name}"] = leaf.detach()
             for k, v in self.optimizer.state[leaf].items():
                 out[f"rule/{name}/{k}"] = v
         return out
 
     def load_(self, tensors: Mapping[str, Tensor], done: int, applied: int) -> None:
-        for name, leaf in self.leaves.items():
+        for block in self.space:
+            block.load_(tensors[f"block/{block.name}"])
+        for name, leaf in self.gradient.leaves.items():
             with torch.no_grad():
                 leaf.copy_(tensors[f"leaf/{name}"])
             start = f"rule/{name}/"

@@ -107,6 +107,9 @@ class Block(ABC):
     def decay_(self, factor: float, key: Key) -> None:
         """theta -= factor * theta (weight decay, decoupled)."""
 
+    def follow_(self) -> None:
+        """Take over the storage that the module's tensor has now, its values being the same."""
+
     @abstractmethod
     def state(self) -> Tensor:
         """The full-precision state to be saved in a snapshot."""
@@ -191,6 +194,10 @@ class FloatBlock(Block):
 
     def decay_(self, factor: float, key: Key) -> None:
         self.move_(0, self.rows, factor * _wide(self.master), key)
+
+    def follow_(self) -> None:
+        if self.master.dtype == self.tensor.dtype:
+            self.master = self.tensor.detach()
 
     def state(self) -> Tensor:
         return self.master

@@ -71,16 +71,20 @@ class TorchEvaluator(Evaluator):
                 "batches would change; drop micro_batch or lower the batch size"
             )
         self.model = model.eval()
-        self.space = space
         self.objective = objective
         self.stack = stack if per_example else 1
         self.micro_batch = micro_batch
         self.per_example = per_example
         self.fast = fast
-        self.sites = sites_of(space.probed)
-        self.last = LastLayers(model, [b for b in space if b.exact])
-        self.prefix = site_free(model, self.sites) if fast else []
         self.visited: set[str] = set()
+        self.watch_(space)
+
+    def watch_(self, space: Space) -> None:
+        """From now on probes move these blocks."""
+        self.space = space
+        self.sites = sites_of(space.probed)
+        self.last = LastLayers(self.model, [b for b in space if b.exact])
+        self.prefix = site_free(self.model, self.sites) if self.fast else []
 
     @torch.no_grad()
     def losses(

@@ -9,7 +9,7 @@ estimate's keys, asks the rule for a step and lets the block move.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -76,6 +76,7 @@ class Tuner:
         space.bind_(method.estimator.eps, method.lr, method.units)
         space.check_decay(method.weight_decay)
         self.space, self.method, self.seed = space, method, seed
+        self.active = space
         self.evaluator, self.record, self.total = evaluator, record, total
         self.done = 0
         self.applied = 0
@@ -152,12 +153,22 @@ class Tuner:
             before = self.recent[0].key if self.recent else estimate.key
             self.recent.appendleft(estimate)
             self.applied += 1
-            self.now.perturbation.leave_(self.space, estimate)
-            for block in self.space:
+            self.now.perturbation.leave_(self.active, estimate)
+            for block in self.active:
                 self._move_(block, report.lr, estimate.key, before)
-            self.now.perturbation.learn_(self.space, estimate)
+            self.now.perturbation.learn_(self.active, estimate)
         self.done += 1
         return report
+
+    def freeze_(self, names: Iterable[str]) -> None:
+        """From now on these blocks stay as they are; what the method kept of them goes."""
+        gone = set(names)
+        self.active = self.active.without(gone)
+        for block in self.space:
+            if block.name in gone:
+                block.memory.clear()
+                for state in self.state.values():
+                    state.pop(block.name, None)
 
     def _move_(self, block: Block, lr: float, key: Key, before: Key) -> None:
         now = self.now

@@ -25,7 +25,7 @@ from zotune.tasks.pictures import (
     numbered,
 )
 from zotune.tasks.sources import Data, Sizes, Tables, data_root, load, load_hub
-from zotune.tasks.vision import Augmentation, ImageClassification
+from zotune.tasks.vision import ImageClassification
 
 Found = tuple[Tables, Pictures, list[str]]
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -80,8 +80,6 @@ def named(
     channels: int | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
-    flip: bool = False,
-    crop: int = 0,
     objective: str = "loss",
     train_size: int | None = None,
     dev_size: int | None = None,
@@ -93,7 +91,7 @@ def named(
     tables = Sizes(train_size, dev_size, test_size, seed).apply(tables)
     return ImageClassification(
         tables, pictures, labels, name=task, size=size, channels=channels, mean=mean, std=std,
-        augmentation=Augmentation(flip, crop), objective=objective,
+        objective=objective,
     )  # fmt: skip
 
 
@@ -106,8 +104,6 @@ def images(
     size: int | Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
-    flip: bool = False,
-    crop: int = 0,
     objective: str = "loss",
     encoding: str = "utf-8",
     train_size: int | None = None,
@@ -139,7 +135,7 @@ def images(
     readable.say()
     return ImageClassification(
         tables, readable.pictures, names, size=size, channels=channels, mean=mean, std=std,
-        augmentation=Augmentation(flip, crop), objective=objective, skipped=len(readable.skipped),
+        objective=objective, skipped=len(readable.skipped),
     )  # fmt: skip
 
 

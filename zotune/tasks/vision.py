@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zotune.errors import BadInput, DataError
 from zotune.tasks.batch import Batch
@@ -18,7 +17,7 @@ from zotune.tasks.labels import pick_split
 from zotune.tasks.objectives import check_objective, is_per_example, label_losses, label_metrics
 from zotune.tasks.pictures import Pictures
 from zotune.tasks.preprocessing import Preprocessing
-from zotune.tasks.task import Draw, Example, Task, chunks, device_of, evaluating
+from zotune.tasks.task import Example, Task, chunks, device_of, evaluating
 
 if TYPE_CHECKING:
     from zotune.models import Loaded
@@ -34,44 +33,6 @@ class PictureFeatures:
     label: int
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What a training picture may become: mirrored or not, moved by up to `crop` pixels each way
-    over a black border.
-
-    >>> plain = Augmentation()
-    >>> bool(plain), bool(Augmentation(flip=True))
-    (False, True)
-    """
-
-    flip: bool = False
-    crop: int = 0
-
-    def __post_init__(self) -> None:
-        if self.crop < 0:
-            raise BadInput(f"crop={self.crop}; want 0 or more pixels")
-
-    def __bool__(self) -> bool:
-        return self.flip or self.crop > 0
-
-    def apply(self, pixels: Tensor, draw: Draw) -> Tensor:
-        """Each picture of (n, channels, height, width) by its own three numbers."""
-        n, _, height, width = pixels.shape
-        chance = draw("augmentation", 3 * n).view(3, n)
-        if self.flip:
-            mirrored = (chance[0] < 0.5).view(-1, 1, 1, 1)
-            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
-        if not self.crop:
-            return pixels
-        wide = F.pad(pixels, (self.crop,) * 4)
-        tops, lefts = (chance[1:] * (2 * self.crop + 1)).long().tolist()
-        cut = [
-            w[:, top : top + height, left : left + width]
-            for w, top, left in zip(wide, tops, lefts, strict=True)
-        ]
-        return torch.stack(cut)
-
-
 class ImageClassification(Task):
     """Classify pictures into `labels`.
 
@@ -85,7 +46,6 @@ class ImageClassification(Task):
         size: height and width to resize to, one number for both; the checkpoint's own, or none.
         channels: 1 (grey) or 3; as the pictures are when None.
         mean, std: of pixels in 0..1, per channel; the checkpoint's own, or 0 and 1.
-        augmentation: what a training picture may become; drawn anew at every step.
         objective: "loss", or the non-differentiable "accuracy" or "f1".
         skipped: how many pictures could not be read and were left out.
     """
@@ -104,14 +64,12 @@ class ImageClassification(Task):
         channels: int | None = None,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
-        augmentation: Augmentation | None = None,
         objective: str = "loss",
         skipped: int = 0,
     ) -> None:
         self.name, self.labels, self.skipped = name, list(labels), skipped
         self.objective = check_objective(objective)
         self.per_example = is_per_example(objective)
-        self.augmentation = augmentation or Augmentation()
         self.pictures, self._tables = pictures, dict(tables)
         self._asked = (size, mean, std, channels)
         self.preprocessing = Preprocessing().but(*self._asked)
@@ -162,13 +120,6 @@ class ImageClassification(Task):
         pixels = torch.stack([f.pixels for f in features])
         label = torch.tensor([f.label for f in features])
         return Batch({"pixels": pixels, "label": label}, len(features))
-
-    def varied(self, batch: Batch, draw: Draw) -> Batch:
-        """The batch with each picture augmented."""
-        if not self.augmentation:
-            return batch
-        pixels = self.augmentation.apply(batch["pixels"], draw)
-        return Batch({**batch.tensors, "pixels": pixels}, batch.size, batch.copies)
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits (batch.size, labels), float32, in the order of the task's labels."""

@@ -19,9 +19,12 @@ from zotune.models import Loaded, fingerprint
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
 from zotune.training import privacy
-from zotune.training.batches import Batches, PoissonBatches, spread
+from zotune.training.augmentation import parse_augment
+from zotune.training.batches import AbstractBatches, Batches, PoissonBatches, spread
 from zotune.training.config import TrainConfig
 from zotune.training.folders import all_tensors
+from zotune.training.freezing.freezing import Freezing
+from zotune.training.freezing.plan import Plan, check_early
 from zotune.training.header import check_base, read_record, rebuild_space
 from zotune.training.journal import Journal
 from zotune.training.measuring import measured
@@ -55,6 +58,7 @@ class Bench:
     batches: Batches | PoissonBatches
     added: dict[str, Tensor]
     before: dict[str, float]
+    freezing: Freezing | None = None
 
     @property
     def space(self) -> Space:
@@ -72,12 +76,15 @@ class Bench:
             return None
         return privacy.spent(mechanism, len(batches.examples), steps, batches.together)
 
-    def batch(self, step: int) -> Batch | Sequence[Batch]:
-        """What a step is measured on: its batch, or from there on as many as its method wants."""
+    def batch(self, step: int, batches: AbstractBatches) -> Batch | Sequence[Batch]:
+        """What a step is measured on: its batch, or from there on as many as its method wants.
+
+        batches: the run's own, or those that bring their cached features along.
+        """
         count = 1 if isinstance(self.method, Backprop) else self.method.at(step).batches
         if count == 1:
-            return self.batches[step]
-        return [self.batches[step + k] for k in range(count)]  # type: ignore[misc]
+            return batches[step]
+        return [batches[step + k] for k in range(count)]  # type: ignore[misc]
 
     @property
     def coefficients(self) -> int:
@@ -115,6 +122,9 @@ def assemble(
         if journal is None
         else read_record(journal.header["space"], SpaceSpec)
     )
+    plan = Plan.of(config)
+    if plan is not None:
+        check_early(plan, config, spec, prepared, task)
     method = privacy.planned(method, len(train_split(task)), config.max_steps)
     batches = _batches(config, task, method)
     shown = batches if isinstance(batches, Batches) else _public(config, task)
@@ -149,6 +159,8 @@ def assemble(
     bench = Bench(
         config, loaded, base, task, prepared, method, spec, evaluator, tuner, batches, added, before
     )
+    if plan is not None and isinstance(batches, Batches):
+        bench.freezing = Freezing(plan, config, task, prepared, tuner, batches)
     if bench.private:
         log.info("planned privacy: %s", bench.promise(config.max_steps))
     return bench
@@ -158,7 +170,8 @@ def _batches(config: TrainConfig, task: Task, method: AnyMethod) -> Batches | Po
     examples, size = train_split(task), config.per_device_train_batch_size
     if privacy.private(method) is not None:
         return PoissonBatches(task, examples, size, config.micro_batch or 1)
-    return Batches(task, examples, size, config.seed)
+    augmentation = None if config.augment is None else parse_augment(config.augment)
+    return Batches(task, examples, size, config.seed, augmentation)
 
 
 def _public(config: TrainConfig, task: Task) -> Batches:

@@ -20,6 +20,7 @@ from zotune.core.noise import Key
 from zotune.errors import BadInput, DataError
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Draw, Task
+from zotune.training.augmentation import Augmentation
 
 log = logging.getLogger("zotune")
 _KEPT = 1 << 13  # encoded examples kept in memory; larger data sets are encoded again when drawn
@@ -59,8 +60,9 @@ class AbstractBatches(ABC):
     def __getitem__(self, step: int) -> Batch | Sequence[Batch]:
         """The batch of a step, whole or in pieces to be run one by one."""
 
-    def _collated(self, chosen: Sequence[int], draw: Draw) -> Batch:
-        return self.task.varied(self.task.collate([self._encoded(i) for i in chosen]), draw)
+    def of(self, chosen: Sequence[int]) -> Batch:
+        """A batch of these examples, by their numbers, as the task gives them."""
+        return self.task.collate([self._encoded(i) for i in chosen])
 
     def _encoded(self, index: int) -> Any:
         if index not in self._features:
@@ -71,11 +73,19 @@ class AbstractBatches(ABC):
 
 
 class Batches(AbstractBatches):
-    """Batches of `size` examples each, epoch after epoch in orders that the seed fixes."""
+    """Batches of `size` examples each, epoch after epoch in orders that the seed fixes, as are the
+    transforms of an augmentation."""
 
-    def __init__(self, task: Task, examples: Sequence[Any], size: int, seed: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        examples: Sequence[Any],
+        size: int,
+        seed: int,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         super().__init__(task, examples, size)
-        self.seed = seed
+        self.seed, self.augmentation = seed, augmentation
         if size > len(examples):
             log.warning(
                 "batches of %d examples from %d: examples repeat within a batch",
@@ -83,9 +93,21 @@ class Batches(AbstractBatches):
                 len(examples),
             )
 
+    def chosen(self, step: int) -> list[int]:
+        """The numbers of a step's examples."""
+        return indices(self.seed, step, self.size, len(self.examples))
+
+    def transforms(self, step: int) -> list[int]:
+        """The number of each example's transform in a step; 0 for none."""
+        places = range(step * self.size, (step + 1) * self.size)
+        drawn = self.augmentation.drawn if self.augmentation is not None else lambda *_: 0
+        return [drawn(self.seed, place) for place in places]
+
     def __getitem__(self, step: int) -> Batch:
-        chosen = indices(self.seed, step, self.size, len(self.examples))
-        return self._collated(chosen, drawing(Key(self.seed, step=step)))
+        batch = self.of(self.chosen(step))
+        if self.augmentation is not None:
+            batch = self.augmentation.of(batch, self.transforms(step))
+        return self.task.varied(batch, drawing(Key(self.seed, step=step)))
 
 
 def drawing(key: Key) -> Draw:
@@ -128,7 +150,7 @@ class PoissonBatches(AbstractBatches):
     def __getitem__(self, step: int) -> list[Batch]:
         chosen, size = poisson(self.size, len(self.examples)), self.together
         pieces = (chosen[i : i + size] for i in range(0, len(chosen), size))
-        return [self._collated(piece, _secretly_drawn) for piece in pieces]
+        return [self.task.varied(self.of(piece), _secretly_drawn) for piece in pieces]
 
 
 def _secretly_drawn(name: str, count: int, normal: bool = False) -> Tensor:

@@ -30,7 +30,7 @@ OWN = {
     "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "logging_steps", "eval_steps",
     "save_steps", "report_to", "callbacks", "journal_sync", "threads", "max_bad_steps",
     "per_device_eval_batch_size", "max_eval_samples", "show_progress", "trust_remote_code",
-    "check_gradient",
+    "check_gradient", "cache_dir", "cache_limit",
 }  # fmt: skip
 """Keys that a resumed run may change: they do not touch the weights."""
 
@@ -74,6 +74,16 @@ class TrainConfig:
         logging_steps: write metrics every so many steps.
         check_gradient: every so many steps, log the cosine of the estimate with the true gradient,
             by one backward pass of a small model; 0 for never.
+        freeze: lower layers that stop moving: a share of them and a step ("0.5@200,0.67@500"), or
+            "cka(threshold=0.99, every=50, most=0.67)", "svcca(...)", "rate(...)": when they have
+            stopped changing.
+        cache_dir: where the outputs of frozen layers are kept, so that those need not run again.
+        cache_limit: the most that cache_dir may hold, such as "2GB".
+        cache_codec: "lossless" (when null), or "zfp(tolerance=0.1)": errors of at most so many rms
+            of the features, times `growth` at each further freeze point.
+        cache_similarity: channels whose maps, transformed, are less alike than this to the maps of
+            transformed images are cached in transformed copies; -1 caches none of them.
+        augment: transforms of training images: "flip + shift(pixels=4)".
         load_best_model_at_end: keep the state of the best evaluation instead of the last.
         seed: fixes the directions and the order of the batches.
         scheme: quantize the float model while loading, such as "int4-g64".
@@ -121,6 +131,12 @@ class TrainConfig:
     save_steps: int = 500
     logging_steps: int = 10
     check_gradient: int = 0
+    freeze: str | None = None
+    cache_dir: str | None = None
+    cache_limit: str | None = None
+    cache_codec: str | None = None
+    cache_similarity: float = 0.6
+    augment: str | None = None
     load_best_model_at_end: bool = False
     seed: int = 0
     scheme: str | None = None

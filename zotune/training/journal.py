@@ -3,7 +3,8 @@
     magic | sizes and checksums | JSON header | attachments (safetensors) | record | record | ...
 
 A record is `n` float64 coefficients, a float32 loss and a CRC-32 chained over everything before:
-16 bytes a step for one coefficient. Base model + journal give the tuned model back.
+16 bytes a step for one coefficient. Base model + journal give the tuned model back. A record whose
+loss is a NaN of our own says between two steps that layers are frozen, and how many.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ _SIZES = struct.Struct("<QQII")  # bytes of header and attachments, their CRCs
 MAX_HEADER = 1 << 24
 MAX_ATTACHED = 1 << 36
 _END_BITS = 0x7FF8_7A6F_656E_6421
+_FREEZE_BITS = 0x7FE5_0000  # a NaN that no computation gives; the depth is in its low 16 bits
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -55,7 +57,8 @@ class Journal:
     """What a journal file holds.
 
     `records` are the steps done; `kept` is the step whose state the run ended with (the last, or
-    the best), None while it has not ended.
+    the best), None while it has not ended. `freezes` are (step, depth): from that step on, so many
+    layers stay as they are.
     """
 
     path: Path
@@ -66,6 +69,7 @@ class Journal:
     size: int
     crc: int
     start_crc: int = 0
+    freezes: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def read(cls, path: str | Path, *, repair: bool = False, torn: bool = False) -> Journal:
@@ -94,7 +98,10 @@ class Journal:
             )
         if found.fault:
             log.warning("%s: %s; keeping the first %d steps", path, found.fault, len(found.records))
-        return cls(path, header, attached, found.records, found.kept, found.size, found.crc, crc)
+        return cls(
+            path, header, attached, found.records, found.kept, found.size, found.crc, crc,
+            tuple(found.freezes),
+        )  # fmt: skip
 
 
 @dataclass
@@ -105,6 +112,7 @@ class _Records:
     crc: int
     fault: str = ""
     torn: bool = False
+    freezes: list[tuple[int, int]] = field(default_factory=list)
 
 
 def _read_head(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor], int, int]:
@@ -157,8 +165,11 @@ def _read_records(data: bytes, start: int, crc: int, n: int) -> _Records:
             if len(data) > found.size + size:
                 found.fault = "something stands behind the end mark"
             break  # whoever goes on writes over the end mark
-        values = struct.unpack(f"<{n}df", body)
-        found.records.append(Record(values[:n], values[n]))
+        values, (bits,) = struct.unpack(f"<{n}df", body), struct.unpack("<I", body[-4:])
+        if bits & 0xFFFF_0000 == _FREEZE_BITS:
+            found.freezes.append((len(found.records), bits & 0xFFFF))
+        else:
+            found.records.append(Record(values[:n], values[n]))
         found.crc = crc
         found.size += size
     return found
@@ -211,11 +222,18 @@ class JournalWriter:
             raise JournalError(f"a record of {len(coefficients)} coefficients; want {self.n}")
         if np.isfinite(loss):  # a loss beyond float32 is still a finite one
             loss = min(max(loss, -_LARGEST), _LARGEST)
+        elif np.isnan(loss):  # whatever its bits say
+            loss = float("nan")
         with np.errstate(over="ignore"):
             self._write(struct.pack(f"<{self.n}d", *coefficients) + np.float32(loss).tobytes())
         self.count += 1
         if self.count % self.sync == 0:
             _to_disk(self._file)
+
+    def freeze(self, depth: int) -> None:
+        """From the next step on, so many layers are frozen."""
+        self._write(struct.pack(f"<{self.n}dI", *[0.0] * self.n, _FREEZE_BITS | depth))
+        _to_disk(self._file)
 
     def finish(self, kept: int) -> None:
         """Say that the run has ended, and which step's state it kept."""

@@ -90,6 +90,11 @@ def check(method: AnyMethod, task: Task, config: TrainConfig) -> None:
         )
     if config.check_gradient:
         raise BadInput("check_gradient shows what a private method hides; leave it at 0")
+    if config.freeze is not None or config.augment is not None:
+        raise BadInput(
+            "a private run picks its examples by chance and keeps nothing of them; it can neither "
+            "freeze nor augment: drop freeze and augment, or use another method"
+        )
     trained = task.split("train")
     others = [name for name in ("dev", "test") if name in task.splits]
     if not others or any(task.split(name) is trained for name in others):

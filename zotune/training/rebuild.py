@@ -23,6 +23,7 @@ from zotune.training.folders import (
     use_threads,
     write_model,
 )
+from zotune.training.freezing.plan import frozen_names
 from zotune.training.header import check_base, check_noise, read_record, rebuild_space
 from zotune.training.journal import Journal
 from zotune.training.resume import replay_
@@ -70,7 +71,13 @@ def replay(
             f"{journal.path}: this run cannot be replayed from its journal: its directions or "
             "gradients come from the data's activations; use the run's own model"
         )
-    replay_(tuner, journal.records[:count])
+    freezes, levels = dict(journal.freezes), journal.header.get("levels", {})
+
+    def before(step: int) -> None:
+        if step in freezes:
+            tuner.freeze_(frozen_names(levels, freezes[step]))
+
+    replay_(tuner, journal.records[:count], before)
     round_to_storage_(prepared)
     folder = Path(out).expanduser() if out is not None else None
     if folder is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,17 @@ def restore_(bench: Bench, journal: Journal, stop: int | None = None) -> float:
     seconds = 0.0
     if found is not None and found[1].start == head_id(journal) and found[1].done <= len(records):
         tensors, mark = found
+        _freeze_until(bench, journal, mark.done)
         tuner.load_(tensors, mark.done, mark.applied)
+        if bench.freezing is not None:
+            bench.freezing.load_(tensors)
         seconds = mark.seconds
         if isinstance(tuner, Tuner):
             refill_(tuner, records[: mark.done])
     if isinstance(tuner, Tuner) and tuner.replayable:
-        replay_(tuner, records[tuner.done :])
+        replay_(tuner, records[tuner.done :], partial(_replayed, bench, dict(journal.freezes)))
+    if bench.freezing is not None and tuner.done in dict(journal.freezes):
+        bench.freezing.replayed_(tuner.done, dict(journal.freezes))
     method, steps = bench.method, range(tuner.done)
     bench.evaluator.forwards = (
         sum(map(method.forwards_at, steps))
@@ -159,9 +165,28 @@ def estimate(tuner: Tuner, step: int, record: Record) -> Estimate:
     return estimator.rebuild(Key(tuner.seed, step=step), record.coefficients, record.loss)
 
 
-def replay_(tuner: Tuner, records: Sequence[Record]) -> None:
-    """Apply recorded steps from where the tuner stands; bit for bit what training did."""
+def _freeze_until(bench: Bench, journal: Journal, step: int) -> None:
+    """Layers that were frozen before a snapshot was taken: it may hold no more of them."""
+    for first, depth in journal.freezes:
+        if bench.freezing is not None and first <= step:
+            bench.freezing.freeze_(depth)
+
+
+def _replayed(bench: Bench, freezes: Mapping[int, int], step: int) -> None:
+    if bench.freezing is not None:
+        bench.freezing.replayed_(step, freezes)
+
+
+def replay_(
+    tuner: Tuner, records: Sequence[Record], before: Callable[[int], None] | None = None
+) -> None:
+    """Apply recorded steps from where the tuner stands; bit for bit what training did.
+
+    before(step) is called ahead of each.
+    """
     for record in records:
+        if before is not None:
+            before(tuner.done)
         tuner.apply_(estimate(tuner, tuner.done, record))
 
 
@@ -185,14 +210,15 @@ def cut(journal: Journal, steps: int) -> Journal:
     from zotune.training.journal import record_bytes
 
     size = record_bytes(int(journal.header["coefficients"]))
-    end = journal.size - (len(journal.records) - steps) * size
-    begin = journal.size - len(journal.records) * size
+    freezes = tuple(freeze for freeze in journal.freezes if freeze[0] <= steps)
+    begin = journal.size - (len(journal.records) + len(journal.freezes)) * size
+    end = begin + (steps + len(freezes)) * size
     data = journal.path.read_bytes()
     crc = journal.start_crc
     for place in range(begin, end, size):
         crc = zlib.crc32(data[place : place + size - 4], crc)
     return dataclasses.replace(
-        journal, records=journal.records[:steps], kept=None, size=end, crc=crc
+        journal, records=journal.records[:steps], kept=None, size=end, crc=crc, freezes=freezes
     )
 
 
@@ -207,7 +233,8 @@ def save_snapshot(
     """Write the tuner's state as it stands."""
     tuner = bench.tuner
     mark = Mark(tuner.done, tuner.applied, seconds, metric, start)
-    snapshots.save(bench.config.out, name, tuner.state_tensors(), mark)
+    held = {} if bench.freezing is None else bench.freezing.state_tensors()
+    snapshots.save(bench.config.out, name, tuner.state_tensors() | held, mark)
 
 
 def bad_steps_at_end(records: Sequence[Record]) -> int:

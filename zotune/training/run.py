@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 from zotune.core.backprop import cosine
 from zotune.core.estimator import Estimate
@@ -12,6 +13,7 @@ from zotune.core.step import StepReport, Tuner
 from zotune.errors import ZotuneError
 from zotune.training import report, snapshots
 from zotune.training.assemble import Bench, final_split, first_split, measure
+from zotune.training.batches import AbstractBatches
 from zotune.training.callbacks import Hooks
 from zotune.training.diagnostics import Diagnostics
 from zotune.training.folders import round_to_storage_, write_model
@@ -38,6 +40,7 @@ class Run:
         self.seconds, self.bad = seconds, bad
         self.metrics = Metrics(self.out, self.tuner.done)
         self.best, self.best_step = self._best_so_far()
+        self.batches: AbstractBatches = bench.batches
         self.window: list[float] = []
         self.diagnostics = Diagnostics(bench.space)
         self.saved = -1
@@ -56,6 +59,10 @@ class Run:
         reset_peak(self.config.device)
         self._train()
         peak = peak_bytes(self.config.device)
+        with self._whole():
+            return self._finish(before, peak)
+
+    def _finish(self, before: dict[str, float], peak: int) -> Result:
         if self.config.load_best_model_at_end:
             self._load_best()
         round_to_storage_(self.bench.model)
@@ -87,6 +94,7 @@ class Run:
                 self._look()
                 if self.tuner.done >= total or self.hooks.stop or interrupts.seen:
                     break
+                self._freeze()
                 self.hooks.step_begin()
                 step = self._step()
                 self.hooks.step_end(self.tuner.done, self._epoch)
@@ -97,9 +105,25 @@ class Run:
             log.warning("stopped after step %d; go on with --resume", self.tuner.done)
             raise KeyboardInterrupt
 
+    def _freeze(self) -> None:
+        """Freeze what is due before this step, and start from cached features if there are any."""
+        freezing = self.bench.freezing
+        if freezing is None:
+            return
+        began = time.perf_counter()
+        depth = freezing.due(self.tuner.done)
+        if depth is not None:
+            self._save()  # a run by backprop goes on from here if there is no space for features
+            self.writer.freeze(depth)
+            freezing.freeze_(depth)
+            log.info("step %d: %d of %d layers are frozen", self.tuner.done, depth,
+                     freezing.trunk.depth)  # fmt: skip
+        self.batches = freezing.cache_() or self.bench.batches
+        self.seconds += time.perf_counter() - began
+
     def _step(self) -> StepReport:
         began = time.perf_counter()
-        self.batch = self.bench.batch(self.tuner.done)
+        self.batch = self.bench.batch(self.tuner.done, self.batches)
         step = self.tuner.step(self.batch)
         self.diagnostics.note(step)
         if not isinstance(self.tuner, Tuner):
@@ -183,7 +207,12 @@ class Run:
         return self.tuner.done * self.bench.batches.size / len(self.bench.batches.examples)
 
     def _evaluate(self, split: str) -> dict[str, float]:
-        return measure(self.config, self.bench.task, self.bench.model, split)
+        with self._whole():
+            return measure(self.config, self.bench.task, self.bench.model, split)
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """The whole model in its place, whatever of it lies on the disk."""
+        return nullcontext() if self.bench.freezing is None else self.bench.freezing.whole()
 
     def _before(self) -> dict[str, float]:
         """What was measured before anything was added to the model; said once."""
@@ -239,3 +268,5 @@ class Run:
 
     def close(self) -> None:
         self.metrics.close()
+        if self.bench.freezing is not None:
+            self.bench.freezing.close()

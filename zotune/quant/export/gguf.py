@@ -166,7 +166,7 @@ def _values(layer: QuantLinear, layout: BlockLayout) -> Values:
 
 
 def _file_type(model: nn.Module) -> Any:
-    types = {TYPES[str(layer.scheme)] for _, layer in quantized(model)}
+    types = {TYPES[str(layer.scheme)] for layer in linears(model).values()}
     return gguf_package().LlamaFileType[f"MOSTLY_{types.pop()}"]
 
 

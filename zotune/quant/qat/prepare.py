@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from zotune.errors import BadInput
 from zotune.quant.affine import Scheme
 from zotune.quant.calibrate.folding import Fold, fold_
 from zotune.quant.linear import QuantLinear
@@ -34,11 +35,11 @@ def fake_quantize_(
     ['0']
     """
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    fresh = {
-        name: FakeQuantLinear.from_linear(module, scheme, name)
-        for name, module in choose(model, scheme, exclude).items()
-        if not isinstance(module, nn.Conv2d)
-    }
+    fresh = {}
+    for name, module in choose(model, scheme, exclude).items():
+        if isinstance(module, nn.Conv2d):
+            raise BadInput(f"{name!r} is a convolution, which is not trained through; exclude it")
+        fresh[name] = FakeQuantLinear.from_linear(module, scheme, name)
     for name, layer in fresh.items():
         replace_(model, name, layer)
     return list(fresh)
