@@ -10,6 +10,8 @@ Backprop, a step of which costs three forwards, stands in the same table.
 
 Privacy: dp-zo at epsilon 6 against itself without clip and noise, and backprop. Its rate is
 the one chosen for the run without noise; accounts are of one run, as is usual, not of that choice.
+Both read their head's basis from dev, the examples a private run may look at, and so dev, which
+also chooses the rate, flatters large ones; backprop reads it from the training split.
 
 Rates: as in `frontier.py`, half a decade apart, by the dev split, but by whole runs of seed 0; with
 a constant schedule (speed), as papers have it, a third of a run does not tell which rate will last.
