@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from zotune.core.method import Method
     from zotune.core.step import Tuner
     from zotune.errors import ZotuneError
-    from zotune.models import load
+    from zotune.models.load import load
     from zotune.training import TrainConfig, evaluate, replay, train
 
 __all__ = [
