@@ -1,7 +1,8 @@
 """GPTQ folders for GPTQModel, AutoGPTQ's loaders, vLLM and transformers.
 
-Version 1 stores zero - 1, so a zero point of 0 has no field of its own; symmetric schemes never
-have one. `gptq_v2` stores zeros as they are. Layers that stay float are named under `dynamic`.
+Version 1 stores zero - 1, so a zero point of 0 has no field of its own; symmetric schemes, the only
+ones written so, never have one. `gptq_v2` stores zeros as they are. Layers that stay float are
+named under `dynamic`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ class GptqExporter:
 
     name: str
     version: int
-    schemes: Final = "int2, int3, int4, int8; -gN or -channel; -asym or not"
+    schemes: str
 
     def refusal(self, scheme: Scheme) -> str | None:
         """Bits of whole words, groups or channels, activations left alone."""
@@ -45,6 +45,8 @@ class GptqExporter:
             return f"scales are per group or channel; use int{scheme.bits}-channel"
         if scheme.act_bits:
             return "activations stay float; use format 'compressed-tensors'"
+        if self.version == 1 and not scheme.symmetric:
+            return "GPTQModel reads zero points of version 1 from itself alone; use 'gptq_v2'"
         return None
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -91,7 +93,7 @@ class GptqExporter:
             "lm_head": False,
             "pack_dtype": "int32",
             "dynamic": {f"-:^{re.escape(name)}$": {} for name in skipped},
-            "meta": {"quantizer": [f"zotune:{version('zotune')}"]},
+            "meta": {"quantizer": ["zotune"]},
         }
 
 
@@ -99,4 +101,8 @@ def _unit(scheme: Scheme) -> str:
     return f"g{scheme.group_size}" if scheme.group_size else "channel"
 
 
-EXPORTS = (GptqExporter("gptq", 1), GptqExporter("gptq_v2", 2))
+WIDTHS: Final = "int2, int3, int4, int8; -gN or -channel"
+EXPORTS = (
+    GptqExporter("gptq", 1, WIDTHS),
+    GptqExporter("gptq_v2", 2, f"{WIDTHS}; -asym or not"),
+)
