@@ -59,7 +59,8 @@ def quantize(
         trust_remote_code: whether Python files of the checkpoint may run.
 
     Returns:
-        out, scheme, method, format, layers, bytes, tokens looked at, and exceptions.
+        out, scheme, method, format, layers, bytes, tokens looked at, and the report's lists as
+        `exceptions`.
 
     Raises:
         BadInput: before anything is calibrated, for what does not go together.

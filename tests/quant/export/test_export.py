@@ -21,8 +21,8 @@ from zotune.quant.model import choose
 
 CASES = [
     ("zotune", "int5-g16"), ("zotune", "int3-g8-asym"),
-    ("gptq", "int4-g32"), ("gptq", "int4-g32-asym"), ("gptq", "int8-channel"), ("gptq", "int3-g32"),
-    ("gptq_v2", "int2-g16-asym"), ("gptq_v2", "int3-channel-asym"),
+    ("gptq", "int4-g32"), ("gptq", "int8-channel"), ("gptq", "int3-g32"),
+    ("gptq_v2", "int4-g32-asym"), ("gptq_v2", "int2-g16-asym"), ("gptq_v2", "int3-channel-asym"),
     ("compressed-tensors", "int4-g16"), ("compressed-tensors", "int4-g32-asym"),
     ("compressed-tensors", "int3-channel"), ("compressed-tensors", "int8-g32"),
     ("compressed-tensors", "int8-channel-a8"),
@@ -107,7 +107,7 @@ def test_scaled_rotations_survive_gguf(rotation: dict[str, Any], tmp_path: Path)
 def test_columns_in_another_order_travel_with_their_groups(to: str, tmp_path: Path) -> None:
     found = model()
     terms = [("gptq", {"act_order": True, "static_groups": False})]
-    out = written(found, to, "int4-g16-asym", tmp_path, terms)
+    out = written(found, to, "int4-g16", tmp_path, terms)
     again = formats.read(out, AutoModelForCausalLM)
     torch.testing.assert_close(logits(again), logits(found), rtol=1e-5, atol=1e-5)
     record = json.loads((out / "config.json").read_text())["quantization_config"]
@@ -128,6 +128,7 @@ def test_formats_without_an_order_of_columns_say_what_to_use(to: str, tmp_path: 
     [
         ("gptq", "int5-g32", "int4-g32"),
         ("gptq", "int4-tensor", "int4-channel"),
+        ("gptq", "int4-g32-asym", "gptq_v2"),
         ("gptq", "int8-channel-a8", "compressed-tensors"),
         ("compressed-tensors", "int8-tensor", "int8-channel"),
         ("compressed-tensors", "int4-g32-a8", "int8-channel-a8"),

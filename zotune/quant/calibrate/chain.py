@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,9 +101,13 @@ def _order(model: nn.Module, layers: Mapping[str, nn.Module], batch: Tensor) -> 
     seen: dict[str, None] = {}
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.enter_context(watched(layer, lambda _, name=name: seen.setdefault(name)))
+            stack.enter_context(watched(layer, partial(_note, seen, name)))
         model(batch)
     return list(seen)
+
+
+def _note(seen: dict[str, None], name: str, _: Call) -> None:
+    seen.setdefault(name)
 
 
 def _first(output: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """GPTQ folders for GPTQModel, AutoGPTQ's loaders, vLLM and transformers.
 
-Version 1 stores zero - 1, so a zero point of 0 has no field of its own; symmetric schemes never
-have one. `gptq_v2` stores zeros as they are. Layers that stay float are named under `dynamic`.
+Version 1 stores zero - 1, so a zero point of 0 has no field of its own; symmetric schemes, the only
+ones written so, never have one. `gptq_v2` stores zeros as they are. Layers that stay float are
+named under `dynamic`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class GptqExporter:
 
     name: str
     version: int
-    schemes: Final = "int2, int3, int4, int8; -gN or -channel; -asym or not"
+    schemes: str
 
     def refusal(self, scheme: Scheme) -> str | None:
         """Bits of whole words, groups or channels, activations left alone."""
@@ -40,6 +41,8 @@ class GptqExporter:
             return f"scales are per group or channel; use int{scheme.bits}-channel"
         if scheme.act_bits:
             return "activations stay float; use format 'compressed-tensors'"
+        if self.version == 1 and not scheme.symmetric:
+            return "GPTQModel reads zero points of version 1 from itself alone; use 'gptq_v2'"
         return None
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -71,8 +74,6 @@ class GptqExporter:
         return GptqLayout(scheme, rows, columns, self.version, dtype)
 
     def _record(self, model: nn.Module, layers: list[QuantLinear]) -> dict[str, Any]:
-        import zotune
-
         scheme = layers[0].scheme
         skipped = [name for name in left_float(model) if name != "lm_head"]
         return {
@@ -85,7 +86,7 @@ class GptqExporter:
             "lm_head": False,
             "pack_dtype": "int32",
             "dynamic": {f"-:^{re.escape(name)}$": {} for name in skipped},
-            "meta": {"quantizer": [f"zotune:{zotune.__version__}"]},
+            "meta": {"quantizer": ["zotune"]},
         }
 
 
@@ -93,4 +94,8 @@ def _unit(scheme: Scheme) -> str:
     return f"g{scheme.group_size}" if scheme.group_size else "channel"
 
 
-EXPORTS = (GptqExporter("gptq", 1), GptqExporter("gptq_v2", 2))
+WIDTHS: Final = "int2, int3, int4, int8; -gN or -channel"
+EXPORTS = (
+    GptqExporter("gptq", 1, WIDTHS),
+    GptqExporter("gptq_v2", 2, f"{WIDTHS}; -asym or not"),
+)
