@@ -33,6 +33,7 @@ import torch
 
 from benchmarks import process
 from benchmarks.harness import Row, begin, parser, report
+from benchmarks.memory import kernels
 from zotune import tasks
 from zotune.core.calls import split_calls
 from zotune.models import load
@@ -254,7 +255,8 @@ def trec(given: argparse.Namespace) -> None:
 
 
 def memory(given: argparse.Namespace) -> None:
-    """Peaks of processes of their own: training, and evaluating the fake-quantized model."""
+    """Peaks of processes of their own: training, and evaluating the fake-quantized model; both hold
+    the compiled kernels of the noise, tens of MB (`benchmarks/memory.py` shows them)."""
     peaks = {}
     for name in ("inference", "training"):
         words = ["--measure", name, "--threads", str(given.threads)]
@@ -279,6 +281,7 @@ def peak_of(name: str, given: argparse.Namespace) -> int:
     space = spaces.parse("latents + clipping").build(model)
     evaluator = TorchEvaluator(model, space, task.losses, stack=1)
     tuner = Tuner(space, methods.get("mezo", units="relative"), 0, evaluator=evaluator)  # type: ignore[arg-type]
+    kernels()  # the noise's compiled code: once per process, however large the model is
     process.reset_peak()
     for _ in range(3):
         if name == "training":

@@ -13,7 +13,7 @@ from zotune.tasks.task import register
 def test_every_name_is_listed_and_described() -> None:
     expected = {
         "sst2", "sst5", "mr", "trec", "rte", "cb", "boolq", "copa", "wic", "wsc", "multirc",
-        "snli", "mnli", "squad", "wikitext2", "tickets", "tinystories", "ag_news",
+        "snli", "mnli", "squad", "wikitext2", "ptb", "tickets", "tinystories", "ag_news",
         "classification", "choice", "sft", "lm", "qa", "images", "digits", "mnist", "cifar10",
         "diffusion",
     }  # fmt: skip

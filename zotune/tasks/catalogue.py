@@ -226,6 +226,10 @@ SOURCES: dict[str, Source] = {
         ),
         Hub("Salesforce/wikitext", "wikitext-2-raw-v1"),
     ),
+    "ptb": Source(
+        readers.story_row,
+        Local({"train": "ptb/ptb.valid.txt", "test": "ptb/ptb.test.txt"}),
+    ),
     "tinystories": Source(
         readers.story_row,
         Local({"train": "tinystories1000/TinyStories-1000.txt"}),

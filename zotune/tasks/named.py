@@ -207,6 +207,11 @@ def register_all() -> None:
     register("squad", squad, "SQuAD v1.1, generated answers, metric F1")
     register("wikitext2", partial(_named_text, "wikitext2"), "WikiText-2 articles, perplexity")
     register(
+        "ptb",
+        partial(_named_text, "ptb"),
+        "Penn Treebank sentences (local folder only: valid to train on), perplexity",
+    )
+    register(
         "tinystories",
         partial(_named_text, "tinystories"),
         "1,000 TinyStories (local folder only), the first 200 for test, perplexity",

@@ -43,6 +43,7 @@ from zotune.training.folders import use_threads, write_model
 from zotune.training.loop import train
 from zotune.training.opening import open_model, open_task, train_split
 from zotune.training.report import Result
+from zotune.training.resume import check_folder
 
 log = logging.getLogger("zotune")
 
@@ -122,52 +123,64 @@ def zeroqat(
         BadInput: a scheme that does not fit, or a model that is quantized already.
     """
     how = how or Preparation()
-    if config.scheme is not None:
-        how = dataclasses.replace(how, scheme=config.scheme)
+    how = dataclasses.replace(how, scheme=config.scheme or how.scheme)
+    config = dataclasses.replace(config, scheme=None)
+    if not config.resume_from_checkpoint:
+        check_folder(config)
     use_threads(config.threads)
-    to = _exporter(format, how)
+    to = _exporter(format, how, config.space)
     task = task or open_task(config)
     measured = {task.name: task, **{name: tasks.get(name) for name in texts}}
-    loaded = open_model(dataclasses.replace(config, scheme=None), model)
-    if loaded.format != "float":
-        raise BadInput(
-            f"{loaded.path} is quantized already; training through rounding starts from floats"
-        )
-    to.check(loaded.model, choose(loaded.model, Scheme.parse(how.scheme), how.exclude),
-             Scheme.parse(how.scheme))  # fmt: skip
-    numbers: dict[str, dict[str, float]] = {name: {} for name in measured}
+    loaded = _opened(config, model, how, to)
+    texts_found: dict[str, dict[str, float]] = {name: {} for name in measured}
 
     def note(state: str) -> None:
         for name, each in measured.items():
-            prepared = each.prepare(loaded)
-            numbers[name][state] = measure(config, each, prepared, final_split(each))[each.metric]
-            log.info("%s, %s: %s %.4f", name, state, each.metric, numbers[name][state])
+            value = measure(config, each, each.prepare(loaded), final_split(each))[each.metric]
+            texts_found[name][state] = value
+            log.info("%s, %s: %s %.4f", name, state, each.metric, value)
 
     note("float")
-    dtype = next(p.dtype for p in loaded.model.parameters() if p.is_floating_point())
-    refused = fake_(loaded.model, how, to.scale_dtype(dtype))
+    refused = fake_(loaded.model, how, to.scale_dtype(_dtype(loaded.model)))
     note("rtn")
     began = time.perf_counter()
     start_(loaded, task, how, config)
     seconds = time.perf_counter() - began
     note("start")
     space = config.space or how.space(loaded.model)
-    config = dataclasses.replace(config, scheme=None, space=space)
-    result = train(config, model=loaded, task=task)
+    result = train(dataclasses.replace(config, space=space), model=loaded, task=task)
     if to.name != "zotune":
         write_model(loaded.model, config.out / "model", loaded, to)
     note("after")
-    return Outcome(result, numbers, refused, seconds)
+    return Outcome(result, texts_found, refused, seconds)
 
 
-def _exporter(format: str, how: Preparation) -> Exporter:
+def _exporter(format: str, how: Preparation, space: str | None) -> Exporter:
     to = exporter(format, Scheme.parse(how.scheme))
-    if how.clip_inputs and to.name != "zotune":
+    if to.name != "zotune" and (how.clip_inputs or "activations" in (space or "")):
         raise BadInput(
             f"format {format!r} has no place for clipped activations; leave clip_inputs and the "
             "space 'activations' out, or use format 'zotune'"
         )
     return to
+
+
+def _opened(
+    config: TrainConfig, model: nn.Module | Loaded | None, how: Preparation, to: Exporter
+) -> Loaded:
+    """The float model, which takes the scheme and can be exported."""
+    loaded = open_model(config, model)
+    if loaded.format != "float":
+        raise BadInput(
+            f"{loaded.path} is quantized already; training through rounding starts from floats"
+        )
+    scheme = Scheme.parse(how.scheme)
+    to.check(loaded.model, choose(loaded.model, scheme, how.exclude), scheme)
+    return loaded
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def fake_(

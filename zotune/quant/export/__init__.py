@@ -22,6 +22,7 @@ from zotune.errors import BadInput
 from zotune.quant.affine import Scheme
 from zotune.quant.formats import Wrapper
 from zotune.quant.formats.folder import copy_companions, replace_folder
+from zotune.quant.formats.origin import quantized
 
 __all__ = ["Exporter", "export_", "exporter", "exporters"]
 
@@ -110,6 +111,8 @@ def export_(
         BadInput: as `Exporter.write_`, or if the folder holds something else.
     """
     inner = model.saved_model if isinstance(model, Wrapper) else model
+    if to.name != "zotune" and any(layer.input_clip is not None for _, layer in quantized(inner)):
+        raise BadInput(f"format {to.name!r} has no place for clipped activations; use 'zotune'")
     with replace_folder(Path(folder)) as fresh, torch.no_grad():
         to.write_(inner, fresh, tokenizer)
         if isinstance(model, Wrapper):
