@@ -185,7 +185,7 @@ def test_folders_without_pictures_are_refused(
 
 def test_a_picture_that_would_fill_the_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(DataError, match=r"big.png is no readable picture"):
+    with pytest.raises(DataError, match=r"big.png is not a readable image"):
         decoded(png(picture(1)), "big.png")
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from zotune.errors import DataError
 from zotune.tasks.data import SPLIT_STEMS, Row, Table, read_table, read_text, table
+from zotune.tasks.pictures import ENDINGS, Files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = ("text", "caption")
 
@@ -45,7 +45,7 @@ def image_tables(folder: Path) -> dict[str, Table]:
 def _rows(root: Path, folder: Path) -> Table:
     files = find_images(folder)
     if not files:
-        raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+        raise DataError(f"{folder} holds no images ({', '.join(ENDINGS)})")
     captions = read_captions(folder, files)
     rows: list[Row] = []
     for path in files:
@@ -57,7 +57,7 @@ def _rows(root: Path, folder: Path) -> Table:
 
 def find_images(folder: Path) -> list[Path]:
     """The image files in a folder and those below it, by name."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
 
 
 def read_captions(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
@@ -88,25 +88,18 @@ def read_captions(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
 def read_image(path: Path, size: tuple[int, int], channels: int) -> Tensor:
     """An image as uint8 (channels, height, width).
 
-    Turned upright as its EXIF says, grey (1) or RGB (3) whatever it was, transparent parts white;
-    scaled until it covers `size` (height, width), the middle cut out.
+    Grey (1) or RGB (3) whatever it was, scaled until it covers `size` (height, width), the middle
+    cut out.
 
     Raises:
         DataError: the file is no image, is cut off, or is larger than Pillow's limit.
     """
     from PIL import Image, ImageOps
 
+    found = Files()[str(path)]
+    whole = Image.fromarray(found[..., 0] if found.shape[-1] == 1 else found)
     mode = {1: "L", 3: "RGB"}[channels]
-    try:
-        with Image.open(path) as opened:
-            image: Any = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            image = ImageOps.fit(image.convert(mode), size[::-1], Image.Resampling.BICUBIC)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a readable image ({error})") from error
+    image = ImageOps.fit(whole.convert(mode), size[::-1], Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image))
     return pixels.reshape(*size, channels).permute(2, 0, 1).contiguous()
 

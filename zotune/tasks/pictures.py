@@ -78,14 +78,23 @@ def place(name: str) -> tuple[str, int]:
 
 
 def decoded(data: bytes, name: str) -> Picture:
-    """A PNG, JPEG, ... as pixels, grey or RGB. Raises DataError for what Pillow cannot read."""
-    from PIL import Image
+    """A PNG, JPEG, ... as pixels, grey or RGB, upright as its EXIF says, transparent parts white.
+
+    Raises:
+        DataError: what Pillow cannot read: no image, cut off, or larger than its limit.
+    """
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data)) as opened:
+            image: Any = ImageOps.exif_transpose(opened)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
             pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} is no readable picture ({error})") from error
+        raise DataError(f"{name} is not a readable image ({error})") from error
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
