@@ -182,13 +182,15 @@ CASES = [
 
 
 def perturbations() -> list[Perturbation]:
-    """One of every concrete law of directions of the core; methods' own have their own tests."""
+    """One of every concrete law of directions of the core; those of images, and methods' own, have
+    their own tests."""
 
     def kinds(kind: type[Perturbation]) -> Iterator[type[Perturbation]]:
         for child in kind.__subclasses__():
             yield from kinds(child)
             private = inspect.isabstract(child) or child.__name__.startswith("_")
-            if not private and child.__module__.startswith("zotune.core"):
+            own = child.__module__.startswith("zotune.core")
+            if own and not private and not child.__module__.endswith("image_laws"):
                 yield child
 
     return [kind() for kind in kinds(Perturbation)]

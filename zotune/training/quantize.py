@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from zotune.core.calls import split_calls
 from zotune.errors import BadInput
 from zotune.quant import Scheme, formats
 from zotune.quant.calibrate import Report, calibrate_, recipe
 from zotune.quant.export import exporter
+from zotune.quant.export.safetensors import float_dtype
 from zotune.quant.formats.tensors import listing
 from zotune.quant.model import choose, default_exclude
 from zotune.tasks.calibration import calibration
@@ -89,7 +87,7 @@ def quantize(
         left = default_exclude(loaded.kind) if exclude is None else tuple(exclude)
         to.check(inner, choose(inner, wanted, left), wanted)
         batches = calibration(loaded, data, samples, length, text_field) if how.needs_data else ()
-        stored = to.scale_dtype(_float_dtype(inner))
+        stored = to.scale_dtype(float_dtype(inner))
         report = calibrate_(inner, wanted, how, batches, left, stored)
     _say(report)
     write_model(loaded.model, folder, loaded, to)
@@ -121,8 +119,3 @@ def _say(report: Report) -> None:
             sum(report.silent.values()),
             listing(set(report.silent)),
         )
-
-
-def _float_dtype(model: nn.Module) -> torch.dtype:
-    found = (p.dtype for p in model.parameters() if p.is_floating_point())
-    return next(found, torch.float32)
