@@ -63,7 +63,7 @@ def test_an_unknown_label(zotune: Any, short: list[Any], tmp_path: Path) -> None
         (["--space", "adapter(rank=1"], "cannot read"),
         (["--task", "tickts"], "did you mean 'tickets'"),
         (["--scheme", "int4-g7"], "does not divide"),
-        (["--scheme", "int6-g8"], "bits=6"),
+        (["--scheme", "int9-g8"], "bits=9"),
         (["--max-length", "4096"], "more than the model's own limit"),
         (["--learning-rat", "1"], "did you mean learning_rate"),
         (["--lr", "fast"], "learning_rate"),
