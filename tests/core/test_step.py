@@ -255,7 +255,7 @@ def test_state_is_complete_and_wrong_states_are_refused() -> None:
         again.step(batch(4, t))
     assert digest(model) == end
     with pytest.raises(BadInput, match="lacks blocks"):
-        again.load_({k: v for k, v in saved.items() if "head" not in k}, 3, 3)
+        again.load_({k: v for k, v in saved.items() if space.blocks[0].name not in k}, 3, 3)
 
 
 # ---- it learns -----------------------------------------------------------------------

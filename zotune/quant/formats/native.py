@@ -26,13 +26,13 @@ from zotune.quant.formats.build import (
     restore_generation_config_,
     save_config,
 )
+from zotune.quant.formats.shards import entries
 from zotune.quant.formats.tensors import (
     SINGLE,
     check_files,
     listing,
     quantization,
     read_json,
-    read_tensors,
 )
 from zotune.quant.layer import QuantLayer
 from zotune.quant.model import empty_twin, float_layers, replace_
@@ -65,7 +65,7 @@ class NativeFormat:
         config = model_config(folder, trust_remote_code)
         model = empty_model(config, auto, names, trust_remote_code)
         _place_layers_(model, schemes, scale_dtype, names, folder)
-        tensors = read_tensors(folder)
+        tensors = {name: entry.read() for name, entry in entries(folder).items()}
         assign_(model, _in_memory(tensors, schemes, scale_dtype, dtype, folder), folder)
         restore_generation_config_(model, folder)
         return model.eval()
