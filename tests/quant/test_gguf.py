@@ -442,7 +442,7 @@ def test_what_is_no_gguf_file_is_named(tmp_path: Path) -> None:
     shutil.copy(FILES[0], tmp_path / "a.gguf")
     with pytest.raises(FormatError):
         load(tmp_path)
-    with pytest.raises(FormatError, match=r"give a .gguf file or the folder"):
+    with pytest.raises(FormatError, match=r"give a .gguf or .onnx file"):
         load(__file__)
 
 

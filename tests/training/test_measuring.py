@@ -151,4 +151,5 @@ def test_autos_space_goes_by_the_model(tmp_path: Path) -> None:
     from zotune.models import PooledClassifier
 
     wrapped = PooledClassifier.__new__(PooledClassifier)
+    torch.nn.Module.__init__(wrapped)
     assert open_space(run, wrapped) == Head(basis="classes", project=True, layers="all")

@@ -66,13 +66,13 @@ def write_model(model: nn.Module, folder: Path, source: Loaded, to: Exporter | N
 
 def _write_checkpoint(model: nn.Module, folder: Path, source: Loaded, to: Exporter | None) -> None:
     files = source.path if source.path.is_dir() else None
+    if is_pipeline(source.path):
+        write_pipeline(model, folder, source.path)
+        return
     if to is not None:
         export_(model, folder, to, source=files, tokenizer=source.tokenizer)
         return
     inner = model.saved_model if isinstance(model, formats.Wrapper) else model
-    if is_pipeline(source.path):
-        write_pipeline(model, folder, source.path)
-        return
     if formats.source_of(inner) is not None or hasattr(inner, "save_pretrained"):
         formats.write(model, folder, files, tokenizer=source.tokenizer)
         return

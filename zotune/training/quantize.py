@@ -81,6 +81,10 @@ def quantize(
     loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     if loaded.format != "float":
         raise BadInput(f"{model} is already quantized ({loaded.format}); give a float checkpoint")
+    if loaded.kind == "diffusion" and format != "zotune":
+        raise BadInput(
+            f"the denoiser of a pipeline is not written in format {format!r}; use format='zotune'"
+        )
     with without_adapters(loaded.model):
         inner: Any = loaded.model
         inner = inner.saved_model if isinstance(inner, formats.Wrapper) else inner

@@ -437,5 +437,5 @@ def test_augmented_runs_use_the_cache_as_they_use_images_where_channels_commute(
 
 
 def test_augmentation_wants_images(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="one float tensor"):
+    with pytest.raises(BadInput, match="one tensor"):
         end(tmp_path / "run", augment="flip")

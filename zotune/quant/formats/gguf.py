@@ -26,6 +26,7 @@ from zotune.quant.formats.gguf_config import HIDDEN_ROPE, frequencies_, model_co
 from zotune.quant.formats.gguf_file import GgufHeader, GgufTensor, gguf_package, read_header
 from zotune.quant.formats.gguf_layers import BlockEmbedding, BlockLinear, TiedHead, read_blocks
 from zotune.quant.formats.layout import values_of
+from zotune.quant.formats.memory import give_back
 from zotune.quant.formats.origin import Source, float_tensors, quantized, set_source_, source_of
 from zotune.quant.formats.shards import raw_bytes
 from zotune.quant.formats.tensors import listing
@@ -74,6 +75,7 @@ class GgufFormat:
                 start = name.removesuffix("weight")
                 own = dict(layer.named_buffers()).items()
                 tensors.update({start + part: buffer for part, buffer in own})
+            give_back()
         _tie_(model)
         assign_(model, tensors, header.path)
         frequencies_(model, header)

@@ -24,6 +24,7 @@ from zotune.quant.formats.build import (
 )
 from zotune.quant.formats.folder import copy_source
 from zotune.quant.formats.layout import Layout, place_
+from zotune.quant.formats.memory import give_back
 from zotune.quant.formats.origin import (
     Source,
     changes,
@@ -97,6 +98,8 @@ class SourceFormat(ABC):
             stored = {k: e.read() for k, e in layers[name].items() if k != "bias"}
             layer = place_(model, name, layout, stored, bias="bias" in layers[name])
             tensors.update({f"{name}.{k}": v for k, v in layer.state_dict().items() if k != "bias"})
+            del stored
+            give_back()
         floats = _floats(model, own, folder)
         tensors.update({name: _cast(own[name].read(), dtype) for name in floats})
         assign_(model, tensors, folder)
