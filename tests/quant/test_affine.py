@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zotune.errors import BadInput
-from zotune.quant.affine import EMPTY_SCALE, Scheme, dequantize, nearest_divisors, quantize
+from zotune.quant.affine import EMPTY_SCALE, dequantize, quantize
+from zotune.quant.scheme import Scheme, nearest_divisors
 
 BITS = st.sampled_from((2, 3, 4, 5, 6, 7, 8))
 

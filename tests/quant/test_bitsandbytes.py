@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from zotune.errors import FormatError
 from zotune.quant import QuantLinear, formats
-from zotune.quant.affine import Scheme
 from zotune.quant.formats.bitsandbytes import FORMAT, RowLayout
 from zotune.quant.formats.layout import Layout, place_, values_of
 from zotune.quant.formats.nested import NestedScales
 from zotune.quant.formats.shards import raw_bytes
+from zotune.quant.scheme import Scheme
 
 GOLDEN = Path(__file__).parent / "golden"
 STATE = "weight.quant_state.bitsandbytes__nf4"

@@ -15,11 +15,11 @@ from quant.restated import gptq, headers, weight
 from torch import Tensor, nn
 
 from zotune.errors import FormatError
-from zotune.quant.affine import Scheme
 from zotune.quant.formats.gptq import FORMAT, GptqLayout
 from zotune.quant.formats.layout import place_, values_of
 from zotune.quant.formats.shards import raw_bytes
 from zotune.quant.linear import QuantLinear
+from zotune.quant.scheme import Scheme
 
 RECORD: dict[str, Any] = {"bits": 4, "group_size": 32, "desc_act": False, "version": 1}
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from zotune.errors import FormatError
 from zotune.quant import QuantLinear
-from zotune.quant.affine import Scheme
 from zotune.quant.formats.hqq import FORMAT, HqqLayout
 from zotune.quant.formats.layout import place_, values_of
 from zotune.quant.formats.shards import raw_bytes
+from zotune.quant.scheme import Scheme
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

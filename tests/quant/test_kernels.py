@@ -11,9 +11,10 @@ from torch import Tensor
 
 from zotune.errors import BadInput
 from zotune.quant import kernels
-from zotune.quant.affine import Scheme, dequantize, quantize
+from zotune.quant.affine import dequantize, quantize
 from zotune.quant.kernels import cpu, reference
 from zotune.quant.packing import pack
+from zotune.quant.scheme import Scheme
 
 # Largest difference from the reference, relative to the largest output. With the product in a
 # 16-bit dtype both sides round the same weights, so what remains is the output's own rounding.

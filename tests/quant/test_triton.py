@@ -12,9 +12,10 @@ from torch import Tensor
 
 from zotune.errors import BadInput
 from zotune.quant import kernels
-from zotune.quant.affine import Scheme, quantize
+from zotune.quant.affine import quantize
 from zotune.quant.kernels import reference
 from zotune.quant.packing import pack
+from zotune.quant.scheme import Scheme
 
 pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

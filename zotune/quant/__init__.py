@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from zotune.quant.affine import Scheme, dequantize, quantize
+from zotune.quant.affine import dequantize, quantize
 from zotune.quant.conv import QuantConv2d
 from zotune.quant.layer import QuantLayer
 from zotune.quant.linear import QuantLinear
 from zotune.quant.model import quantize_model_
 from zotune.quant.packing import pack, unpack
+from zotune.quant.scheme import Scheme
 
 __all__ = [
     "QuantConv2d", "QuantLayer", "QuantLinear", "Scheme", "dequantize", "pack", "quantize",

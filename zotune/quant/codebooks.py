@@ -2,7 +2,7 @@
 
 A 4-bit float is stored as its bit pattern n in 0..15, packed like the integer code n - 8; the
 layer multiplies with `TABLES[kind, bits][n]`. Another table is another entry here and a kind in
-`affine.BITS`.
+`scheme.BITS`.
 """
 
 from __future__ import annotations

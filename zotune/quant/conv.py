@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from zotune.errors import BadInput
 from zotune.quant import affine
-from zotune.quant.affine import Scheme
 from zotune.quant.kernels import code_dtype
 from zotune.quant.kernels.conv import Geometry, conv2d, fake_quantize, integer_sums, whole
 from zotune.quant.layer import QuantLayer
+from zotune.quant.scheme import Scheme
 
 
 class QuantConv2d(QuantLayer):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from zotune.errors import BadInput
 from zotune.quant import affine
-from zotune.quant.affine import Scheme
 from zotune.quant.codebooks import look_up
 from zotune.quant.packing import pack, packed_columns, unpack
+from zotune.quant.scheme import Scheme
 
 
 class Storage(Protocol):

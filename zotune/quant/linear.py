@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.quant import affine, kernels
-from zotune.quant.affine import Scheme
 from zotune.quant.layer import QuantLayer
+from zotune.quant.scheme import Scheme
 
 
 class Conv1DLike(Protocol):

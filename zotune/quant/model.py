@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from zotune.errors import BadInput
-from zotune.quant.affine import Scheme
 from zotune.quant.conv import QuantConv2d
 from zotune.quant.layer import QuantLayer
 from zotune.quant.linear import QuantLinear, is_conv1d
+from zotune.quant.scheme import Scheme
 
 DEFAULT_EXCLUDE = ("lm_head",)
 IMAGE_HEADS = ("classifier", "classifier.*", "head", "head.*", "fc")

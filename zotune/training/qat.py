@@ -30,11 +30,11 @@ from zotune import tasks
 from zotune.core.spaces.latents import QUERY_VALUE
 from zotune.errors import BadInput
 from zotune.models import Loaded
-from zotune.quant.affine import Scheme
 from zotune.quant.calibrate.folding import folding
 from zotune.quant.export import Exporter, exporter
 from zotune.quant.model import DEFAULT_EXCLUDE, choose
 from zotune.quant.qat import attach_, fake_layers, fake_quantize_, folds_on, freeze_, search
+from zotune.quant.scheme import Scheme
 from zotune.tasks.task import Task
 from zotune.training.assemble import final_split, measure
 from zotune.training.batches import Batches

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zotune.errors import BadInput
-from zotune.quant.affine import Scheme, dequantize, fit
+from zotune.quant.affine import dequantize, fit
 from zotune.quant.calibrate.gptq import Gptq
 from zotune.quant.calibrate.method import Grid, Rounded
+from zotune.quant.scheme import Scheme
 
 
 def drawn(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from zotune.errors import BadInput
 from zotune.quant import QuantLinear, quantize_model_
-from zotune.quant.affine import Scheme
 from zotune.quant.calibrate import Recipe, calibrate_, methods, recipe
 from zotune.quant.calibrate.awq import Awq
 from zotune.quant.calibrate.chain import stages
@@ -20,6 +19,7 @@ from zotune.quant.calibrate.folding import folding
 from zotune.quant.calibrate.method import Grid, Moments
 from zotune.quant.calibrate.smoothquant import SmoothQuant
 from zotune.quant.model import choose
+from zotune.quant.scheme import Scheme
 
 MODELS = {"llama": toys.llama, "gpt2": toys.gpt2, "bert": toys.bert, "small": toys.small}
 

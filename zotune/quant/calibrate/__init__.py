@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import BadInput
-from zotune.quant.affine import Scheme
 from zotune.quant.calibrate.chain import stages
 from zotune.quant.calibrate.folding import Folding, fold_, folding
 from zotune.quant.calibrate.method import AbstractRounder, AbstractSmoother, Grid, Moments
@@ -33,6 +32,7 @@ from zotune.quant.calibrate.rtn import RoundToNearest
 from zotune.quant.calibrate.stage import Stage
 from zotune.quant.linear import QuantLinear, matrix
 from zotune.quant.model import DEFAULT_EXCLUDE, choose, quantized_twin, replace_
+from zotune.quant.scheme import Scheme
 
 __all__ = ["Recipe", "Report", "calibrate_", "methods", "recipe"]
 

@@ -10,7 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from zotune.quant.affine import Scheme, dequantize, fit, nearest
+from zotune.quant.affine import dequantize, fit, nearest
+from zotune.quant.scheme import Scheme
 
 
 class Rounded(NamedTuple):

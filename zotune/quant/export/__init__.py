@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from zotune.errors import BadInput
-from zotune.quant.affine import Scheme
 from zotune.quant.formats import Wrapper
 from zotune.quant.formats.folder import copy_companions, replace_folder
 from zotune.quant.formats.origin import quantized
+from zotune.quant.scheme import Scheme
 
 __all__ = ["Exporter", "export_", "exporter", "exporters"]
 

@@ -13,7 +13,6 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from zotune.quant.affine import COMMON_BITS, Scheme
 from zotune.quant.export.safetensors import (
     left_float,
     linears,
@@ -23,6 +22,7 @@ from zotune.quant.export.safetensors import (
 from zotune.quant.formats.compressed_tensors import CompressedLayout
 from zotune.quant.formats.scales import FloatScales
 from zotune.quant.linear import QuantLinear
+from zotune.quant.scheme import COMMON_BITS, Scheme
 
 # The library whose config.json this is, as far as readers look at its version.
 LIBRARY: Final = "0.20.0"

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import BadInput
-from zotune.quant.affine import Scheme
 from zotune.quant.export.gguf_metadata import (
     ARCHITECTURES,
     add_config,
@@ -30,6 +29,7 @@ from zotune.quant.formats.gguf_file import gguf_package
 from zotune.quant.formats.layout import Values, values_of
 from zotune.quant.formats.origin import float_tensors
 from zotune.quant.linear import QuantLinear
+from zotune.quant.scheme import Scheme
 
 TYPES: Final = {
     "int8-g32": "Q8_0", "int4-g32": "Q4_0", "int4-g32-asym": "Q4_1", "int5-g32": "Q5_0",

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from zotune.errors import BadInput
-from zotune.quant.affine import COMMON_BITS, Scheme
 from zotune.quant.export.safetensors import (
     left_float,
     linears,
@@ -27,6 +26,7 @@ from zotune.quant.export.safetensors import (
 )
 from zotune.quant.formats.gptq import SIDECAR, GptqLayout
 from zotune.quant.linear import QuantLinear, matrix
+from zotune.quant.scheme import COMMON_BITS, Scheme
 
 
 @dataclass(frozen=True)

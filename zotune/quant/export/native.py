@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from zotune.errors import BadInput
-from zotune.quant.affine import Scheme
 from zotune.quant.formats import formats
 from zotune.quant.formats.origin import quantized
+from zotune.quant.scheme import Scheme
 
 
 class NativeExporter:

@@ -27,7 +27,7 @@ file holds, so odd bits that no decoder looks at stay as they are.
 A layer that no `QuantLinear` can hold is built by `Layout.layer` (aqlm.py).
 
 To build with: `zotune.quant.words` for codes that are a stream of bits in 32-bit words; scales.py
-and nested.py for scales that are no plain floats; a kind in `affine.BITS` for codes that are floats
+and nested.py for scales that are no plain floats; a kind in `scheme.BITS` for codes that are floats
 and, if they go by a table, an entry in `zotune.quant.codebooks`.
 
 Formats of other files (one GGUF file, an ONNX graph) implement `Format` themselves: `read` leaves a

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from zotune.errors import FormatError
 from zotune.quant import kernels
-from zotune.quant.affine import BITS, Scheme
 from zotune.quant.formats.layout import FLOATS, Layout, Values, check_tensors
 from zotune.quant.formats.shards import Entry
 from zotune.quant.formats.source import SourceFormat
 from zotune.quant.formats.tensors import quantization
 from zotune.quant.linear import QuantLinear
+from zotune.quant.scheme import BITS, Scheme
 
 INTEGERS: Final = {8: torch.int8, 16: torch.int16}
 SETTINGS: Final = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")

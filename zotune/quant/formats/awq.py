@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from zotune.errors import FormatError
-from zotune.quant.affine import Scheme
 from zotune.quant.formats.layout import FLOATS, Layout, Values, check_tensors, whole_zeros
 from zotune.quant.formats.shards import Entry
 from zotune.quant.formats.source import SourceFormat
 from zotune.quant.formats.tensors import QUANTIZERS, quantization, read_json
+from zotune.quant.scheme import Scheme
 from zotune.quant.words import from_words, to_words
 
 SIDECAR: Final = QUANTIZERS[1]

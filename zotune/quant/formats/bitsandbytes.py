@@ -33,13 +33,13 @@ import torch
 from torch import Tensor
 
 from zotune.errors import FormatError
-from zotune.quant.affine import Scheme
 from zotune.quant.codebooks import TABLES
 from zotune.quant.formats.layout import Layout, Values, check_tensors
 from zotune.quant.formats.nested import NestedScales
 from zotune.quant.formats.shards import Entry
 from zotune.quant.formats.source import SourceFormat
 from zotune.quant.formats.tensors import quantization
+from zotune.quant.scheme import Scheme
 
 STATE: Final = "weight.quant_state.bitsandbytes__"
 KINDS: Final = {"nf4": "nf", "fp4": "fpb"}

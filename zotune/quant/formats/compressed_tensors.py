@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from zotune.errors import BadInput, FormatError
-from zotune.quant.affine import COMMON_BITS, Scheme
 from zotune.quant.formats.layout import (
     FLOATS,
     Layout,
@@ -46,6 +45,7 @@ from zotune.quant.formats.scales import DividedScales, FloatScales, PowerScales,
 from zotune.quant.formats.shards import Entry
 from zotune.quant.formats.source import SourceFormat
 from zotune.quant.formats.tensors import quantization
+from zotune.quant.scheme import COMMON_BITS, Scheme
 from zotune.quant.words import from_words, to_words, words_for
 
 # Settings that change what the layers compute; a value here says that they do not.

@@ -21,8 +21,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from zotune.quant.affine import Scheme
 from zotune.quant.formats.layout import Layout, Values
+from zotune.quant.scheme import Scheme
 
 
 class Plane(NamedTuple):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.quant import kernels
-from zotune.quant.affine import Scheme
 from zotune.quant.formats.gguf_blocks import BlockLayout
 from zotune.quant.linear import QuantLinear
 from zotune.quant.packing import pack, unpack
+from zotune.quant.scheme import Scheme
 
 
 class Blocks(NamedTuple):

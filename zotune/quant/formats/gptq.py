@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from zotune.errors import FormatError
-from zotune.quant.affine import COMMON_BITS, Scheme
 from zotune.quant.formats.layout import (
     FLOATS,
     Layout,
@@ -37,6 +36,7 @@ from zotune.quant.formats.layout import (
 from zotune.quant.formats.shards import Entry
 from zotune.quant.formats.source import SourceFormat
 from zotune.quant.formats.tensors import QUANTIZERS, quantization, read_json
+from zotune.quant.scheme import COMMON_BITS, Scheme
 from zotune.quant.words import from_words, to_words
 
 SIDECAR: Final = QUANTIZERS[0]

@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zotune.errors import FormatError
-from zotune.quant.affine import COMMON_BITS, Scheme
 from zotune.quant.formats.layout import FLOATS, Layout, Values, check_tensors
 from zotune.quant.formats.shards import Entry
 from zotune.quant.formats.source import SourceFormat
 from zotune.quant.formats.tensors import quantization
+from zotune.quant.scheme import COMMON_BITS, Scheme
 
 PARTS: Final = {8: 1, 4: 2, 3: 10, 2: 4}
 SETTINGS: Final = (

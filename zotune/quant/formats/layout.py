@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import FormatError
-from zotune.quant.affine import Scheme
 from zotune.quant.formats.shards import Entry
 from zotune.quant.linear import QuantLinear
 from zotune.quant.model import replace_
 from zotune.quant.packing import pack, unpack
+from zotune.quant.scheme import Scheme
 
 FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import BadInput, FormatError
-from zotune.quant.affine import Scheme
 from zotune.quant.formats.build import (
     assign_,
     empty_model,
@@ -36,6 +35,7 @@ from zotune.quant.formats.tensors import (
 )
 from zotune.quant.layer import QuantLayer
 from zotune.quant.model import empty_twin, float_layers, replace_
+from zotune.quant.scheme import Scheme
 
 log = logging.getLogger("zotune")
 VERSION: Final = 1

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from zotune.errors import FormatError
-from zotune.quant.affine import COMMON_BITS, Scheme
 from zotune.quant.formats.layout import FLOATS, Layout, Values, check_tensors, whole_zeros
 from zotune.quant.formats.shards import Entry
 from zotune.quant.formats.source import SourceFormat
 from zotune.quant.formats.tensors import open_file, quantization, weight_files
+from zotune.quant.scheme import COMMON_BITS, Scheme
 
 CLASSES: Final = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
 DTYPES: Final = {f"int{bits}": bits for bits in COMMON_BITS}

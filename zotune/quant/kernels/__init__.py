@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from zotune.errors import BadInput
-from zotune.quant.affine import Scheme
 from zotune.quant.codebooks import TABLES, look_up
 from zotune.quant.packing import unpack
+from zotune.quant.scheme import Scheme
 
 Kernel = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Scheme, torch.dtype | None], Tensor

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zotune.quant import affine, kernels
-from zotune.quant.affine import Scheme
 from zotune.quant.kernels import integer_matmul, reference
+from zotune.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zotune.errors import BadInput
-from zotune.quant.affine import Scheme
 from zotune.quant.kernels import compiled, integer_matmul
 from zotune.quant.kernels.threads import parallel_ranges
 from zotune.quant.packing import unpack
+from zotune.quant.scheme import Scheme
 
 # Elements a thread should have at least: waking one costs more than a smaller share takes.
 GRAIN = 1 << 20

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zotune.quant.affine import Scheme
 from zotune.quant.kernels import cpu
+from zotune.quant.scheme import Scheme
 
 
 class Point(NamedTuple):

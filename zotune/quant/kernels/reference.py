@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zotune.quant.affine import Scheme, dequantize
+from zotune.quant.affine import dequantize
 from zotune.quant.packing import unpack
+from zotune.quant.scheme import Scheme
 
 
 def one_per_weight(codes: Tensor, bits: int, columns: int) -> Tensor:

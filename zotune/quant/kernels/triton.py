@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zotune.errors import BadInput
-from zotune.quant.affine import Scheme
 from zotune.quant.codebooks import TABLES
 from zotune.quant.kernels import reference
+from zotune.quant.scheme import Scheme
 
 _jit: Any = triton.jit
 # The interpreter's products take the bits of a bfloat16 for a whole number.

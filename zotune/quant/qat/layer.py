@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from zotune.errors import BadInput
 from zotune.quant import affine, kernels
-from zotune.quant.affine import Scheme
 from zotune.quant.calibrate.folding import Fold
 from zotune.quant.kernels import reference
 from zotune.quant.linear import Conv1DLike, QuantLinear, matrix
+from zotune.quant.scheme import Scheme
 
 LEAST, MOST = math.log(1 / 16), math.log(2.0)
 """Bounds of the logarithms of clipping thresholds, as shares of a group's own extremes."""

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import BadInput
-from zotune.quant.affine import Scheme
 from zotune.quant.calibrate.folding import Fold, fold_
 from zotune.quant.linear import QuantLinear
 from zotune.quant.model import DEFAULT_EXCLUDE, choose, replace_
 from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
+from zotune.quant.scheme import Scheme
 
 log = logging.getLogger("zotune")
 
