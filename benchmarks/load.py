@@ -82,7 +82,7 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
             try:
                 found[what] = process.measured_apart("benchmarks.load", words, timeout=3600)
             except RuntimeError as error:
-                found[what] = {"failed": str(error).replace(str(scratch), "")[-300:]}
+                found[what] = {"failed": str(error).strip().splitlines()[-1][-200:]}
     finally:
         shutil.rmtree(scratch)
     return found
