@@ -9,6 +9,7 @@ from typing import Any
 
 from zotune.core.calls import split_calls
 from zotune.errors import BadInput
+from zotune.models import Loaded
 from zotune.quant import Scheme, formats
 from zotune.quant.calibrate import Report, calibrate_, recipe
 from zotune.quant.export import exporter
@@ -79,12 +80,7 @@ def quantize(
         raise BadInput(f"output_dir {folder} is not empty; give another folder")
     how, to = recipe(terms), exporter(format, wanted)
     loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    if loaded.format != "float":
-        raise BadInput(f"{model} is already quantized ({loaded.format}); give a float checkpoint")
-    if loaded.kind == "diffusion" and format != "zotune":
-        raise BadInput(
-            f"the denoiser of a pipeline is not written in format {format!r}; use format='zotune'"
-        )
+    _check(loaded, format)
     with without_adapters(loaded.model):
         inner: Any = loaded.model
         inner = inner.saved_model if isinstance(inner, formats.Wrapper) else inner
@@ -109,6 +105,17 @@ def quantize(
             "nearest": report.nearest,
         },
     }
+
+
+def _check(loaded: Loaded, format: str) -> None:
+    if loaded.format != "float":
+        raise BadInput(
+            f"{loaded.path} is already quantized ({loaded.format}); give a float checkpoint"
+        )
+    if loaded.kind == "diffusion" and format != "zotune":
+        raise BadInput(
+            f"the denoiser of a pipeline is not written in format {format!r}; use format='zotune'"
+        )
 
 
 def _say(report: Report) -> None:

@@ -162,6 +162,15 @@ def fake_quantize_float(x: Tensor) -> Tensor:
     return rounded.to(x.dtype) if not x.requires_grad else x + (rounded - x).detach()
 
 
+def refuse_gradient(name: str, *tensors: Tensor | None) -> None:
+    """Raises BadInput where the kernel `name`, which has no gradient, would lose one."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise BadInput(
+            f"kernel {name!r} has no gradient and one is wanted; use kernel 'reference' or "
+            "torch.no_grad()"
+        )
+
+
 def code_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of a product with whole codes: in float16 its sums would pass 65504.
 

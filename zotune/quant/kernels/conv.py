@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zotune.quant import affine, kernels
-from zotune.quant.kernels import integer_matmul, reference
+from zotune.quant.kernels import integer_matmul, reference, refuse_gradient
 from zotune.quant.scheme import Scheme
 
 
@@ -91,7 +91,7 @@ def conv2d(
     if fast:
         from zotune.quant.kernels import cpu
 
-        cpu.refuse_gradient(x, scale, zero, bias)
+        refuse_gradient("cpu", x, scale, zero, bias)
         weight = cpu.weight_scratch(
             codes, scale, zero, scheme.bits, columns, dtype, scheme.group_size
         )
@@ -140,7 +140,7 @@ def _integer(
     """(patches @ codes.T - sum(patches) * zero) * x_scale * scale + bias."""
     from zotune.quant.kernels import cpu
 
-    cpu.refuse_gradient(x, scale, zero, bias)
+    refuse_gradient("cpu", x, scale, zero, bias)
     sums, rows, x_scale = integer_sums(x, codes, geometry)
     each = x_scale.expand(*sums.shape[:3], 1).reshape(-1, 1)
     y = cpu.rescale(sums.view(-1, len(codes)), rows, each, scale, zero, bias)

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zotune.errors import BadInput
-from zotune.quant.kernels import compiled, integer_matmul
+from zotune.quant.kernels import compiled, integer_matmul, refuse_gradient
 from zotune.quant.kernels.threads import parallel_ranges
 from zotune.quant.packing import unpack
 from zotune.quant.scheme import Scheme
@@ -46,7 +45,7 @@ def linear(
     Raises:
         BadInput: if a gradient is wanted; this kernel has none.
     """
-    refuse_gradient(x, scale, zero, bias)
+    refuse_gradient("cpu", x, scale, zero, bias)
     dtype = compute_dtype or x.dtype
     if not scheme.integer_inputs:
         weight = weight_scratch(
@@ -232,12 +231,3 @@ def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     if found is None or found.numel() < elements:
         found = held[name, dtype] = torch.empty(elements, dtype=dtype)
     return found[:elements].view(rows, columns)
-
-
-def refuse_gradient(*tensors: Tensor | None) -> None:
-    """Raises BadInput where one of the tensors wants a gradient."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise BadInput(
-            "kernel 'cpu' has no gradient and one is wanted; "
-            "use kernel 'reference' or torch.no_grad()"
-        )

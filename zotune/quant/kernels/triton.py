@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zotune.errors import BadInput
 from zotune.quant.codebooks import TABLES
-from zotune.quant.kernels import reference
+from zotune.quant.kernels import reference, refuse_gradient
 from zotune.quant.scheme import Scheme
 
 _jit: Any = triton.jit
@@ -179,7 +178,7 @@ def linear(
     Raises:
         BadInput: if a gradient is wanted; this kernel has none.
     """
-    _refuse_gradient(x, scale, zero, bias)
+    refuse_gradient("triton", x, scale, zero, bias)
     flat = x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
     zeros, biases = (None if t is None else t[None] for t in (zero, bias))
     y = stacked(flat, codes, scale[None], zeros, biases, scheme, compute_dtype)
@@ -251,11 +250,3 @@ def _step(values: Tensor) -> int:
 @cache
 def _table(scheme: Scheme, device: torch.device) -> Tensor:
     return torch.tensor(TABLES.get((scheme.kind, scheme.bits), (0.0,)), device=device)
-
-
-def _refuse_gradient(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise BadInput(
-            "kernel 'triton' has no gradient and one is wanted; "
-            "use kernel 'reference' or torch.no_grad()"
-        )
