@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from zotune.errors import BadInput, FormatError
 from zotune.quant import formats
 from zotune.quant.formats.folder import copy_companions, replace_folder
-from zotune.quant.formats.tensors import check_files, read_json, read_tensors
+from zotune.quant.formats.shards import entries
+from zotune.quant.formats.tensors import check_files, read_json
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def index(folder: Path, weight_map: object) -> None:
 
 def test_shards_are_read_as_one(sharded: Path) -> None:
     assert check_files(sharded) == ["a", "b", "c"]
-    assert {k: v.tolist() for k, v in read_tensors(sharded).items()} == {
+    assert {k: e.read().tolist() for k, e in entries(sharded).items()} == {
         "a": [1, 1], "b": [0, 0, 0], "c": [1],
     }  # fmt: skip
 

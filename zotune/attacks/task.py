@@ -13,7 +13,7 @@ from zotune.errors import BadInput
 from zotune.tasks import Batch, ImageClassification
 from zotune.tasks.task import device_of, evaluating
 from zotune.training.batches import spread
-from zotune.training.folders import use_threads
+from zotune.training.folders import need_empty, use_threads
 from zotune.training.opening import open_model, open_task
 from zotune.training.settings import EvalConfig
 
@@ -32,8 +32,7 @@ def attack_task(
         BadInput: a task without images, a folder that is not empty, what `attack` refuses.
     """
     folder = Path(output_dir).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"output_dir {folder} is not empty; give another folder")
+    need_empty(folder)
     use_threads(source.threads)
     task = open_task(source)
     if not isinstance(task, ImageClassification):

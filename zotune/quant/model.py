@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from zotune.errors import BadInput
@@ -130,3 +131,13 @@ def shared_weights(model: nn.Module) -> set[int]:
             if parameter is not None:
                 (shared if id(parameter) in seen else seen).add(id(parameter))
     return shared
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first float parameter; float32 without one.
+
+    >>> float_dtype(nn.Linear(1, 1).bfloat16())
+    torch.bfloat16
+    """
+    found = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(found, torch.float32)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import BadInput, DataError
+from zotune.quant.model import float_dtype
 from zotune.tasks.batch import Batch
 from zotune.tasks.heads import head_labels, label_columns
 from zotune.tasks.labels import pick_split
@@ -123,7 +124,7 @@ class ImageClassification(Task):
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits (batch.size, labels), float32, in the order of the task's labels."""
-        x = self.preprocessing.apply(batch["pixels"]).to(_dtype(model))
+        x = self.preprocessing.apply(batch["pixels"]).to(float_dtype(model))
         out = model(x.contiguous(memory_format=torch.channels_last))
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
         if logits.dim() != 2 or logits.shape[1] < len(self.labels):
@@ -158,9 +159,3 @@ def channels_of(model: nn.Module) -> int | None:
         if isinstance(module, nn.Conv2d | QuantConv2d):
             return module.in_channels
     return None
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's first float parameter."""
-    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
-    return next(floats, torch.float32)

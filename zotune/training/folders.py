@@ -42,6 +42,12 @@ def load_model(path: str | Path, **options: Any) -> Loaded:
     return loaded
 
 
+def need_empty(folder: Path) -> None:
+    """Raises BadInput unless a folder is new or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"output_dir {folder} is not empty; give another folder")
+
+
 def write_model(model: nn.Module, folder: Path, source: Loaded, to: Exporter | None = None) -> Path:
     """Save in the format it came in, or in another; adapters as a PEFT folder inside. Whole or not
     at all.

@@ -32,7 +32,7 @@ from zotune.errors import BadInput
 from zotune.models import Loaded
 from zotune.quant.calibrate.folding import folding
 from zotune.quant.export import Exporter, exporter
-from zotune.quant.model import DEFAULT_EXCLUDE, choose
+from zotune.quant.model import DEFAULT_EXCLUDE, choose, float_dtype
 from zotune.quant.qat import attach_, fake_layers, fake_quantize_, folds_on, freeze_, search
 from zotune.quant.scheme import Scheme
 from zotune.tasks.task import Task
@@ -141,7 +141,7 @@ def zeroqat(
             log.info("%s, %s: %s %.4f", name, state, each.metric, value)
 
     note("float")
-    refused = fake_(loaded.model, how, to.scale_dtype(_dtype(loaded.model)))
+    refused = fake_(loaded.model, how, to.scale_dtype(float_dtype(loaded.model)))
     note("rtn")
     began = time.perf_counter()
     start_(loaded, task, how, config)
@@ -177,10 +177,6 @@ def _opened(
     scheme = Scheme.parse(how.scheme)
     to.check(loaded.model, choose(loaded.model, scheme, how.exclude), scheme)
     return loaded
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def fake_(

@@ -13,12 +13,11 @@ from zotune.models import Loaded
 from zotune.quant import Scheme, formats
 from zotune.quant.calibrate import Report, calibrate_, recipe
 from zotune.quant.export import exporter
-from zotune.quant.export.safetensors import float_dtype
 from zotune.quant.formats.tensors import listing
-from zotune.quant.model import choose, default_exclude
+from zotune.quant.model import choose, default_exclude, float_dtype
 from zotune.tasks.calibration import calibration
 from zotune.tasks.sources import Data
-from zotune.training.folders import load_model, without_adapters, write_model
+from zotune.training.folders import load_model, need_empty, without_adapters, write_model
 
 log = logging.getLogger("zotune")
 WEIGHTS = (".safetensors", ".gguf")
@@ -76,8 +75,7 @@ def quantize(
             dtype=dtype, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     folder, wanted = Path(out).expanduser(), Scheme.parse(scheme)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"output_dir {folder} is not empty; give another folder")
+    need_empty(folder)
     how, to = recipe(terms), exporter(format, wanted)
     loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     _check(loaded, format)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zotune.errors import BadInput
+from zotune.quant.formats.build import write_config
 from zotune.quant.formats.layout import Layout, values_of
 from zotune.quant.formats.origin import float_tensors, quantized
-from zotune.quant.formats.tensors import read_json
 from zotune.quant.linear import QuantLinear
 
 
@@ -29,19 +27,7 @@ def write_layers_(
     """
     from huggingface_hub import save_torch_state_dict
 
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "save_pretrained"):
-        raise BadInput(f"{type(model).__name__} has no config to save; give a transformers model")
-    config.save_pretrained(folder)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder)
-    saved = read_json(folder / "config.json")
-    saved["architectures"] = [type(model).__name__]
-    saved["dtype"] = str(float_dtype(model)).removeprefix("torch.")
-    saved["quantization_config"] = dict(record)
-    text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_config(model, folder, record)
     tensors = _stored_once(float_tensors(model))
     for name, layer in linears(model).items():
         layer.storage = layouts[name]
@@ -72,12 +58,6 @@ def refuse_convolutions(layers: Mapping[str, nn.Module], name: str) -> None:
             f"format {name!r} holds linear layers; {found[0]!r} is a convolution: exclude it, or "
             "use format 'zotune'"
         )
-
-
-def float_dtype(model: nn.Module) -> torch.dtype:
-    """Of the first float parameter."""
-    found = (p.dtype for p in model.parameters() if p.is_floating_point())
-    return next(found, torch.float32)
 
 
 def left_float(model: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from zotune.errors import BadInput, FormatError
 from zotune.quant.formats.tensors import listing, read_json
+from zotune.quant.model import float_dtype
 
 
 @contextmanager
@@ -102,7 +104,18 @@ def assign_(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> No
         )
 
 
-def save_config(model: Any, folder: Path) -> dict[str, Any]:
+def write_config(model: nn.Module, folder: Path, record: Mapping[str, Any]) -> None:
+    """Write a model's config.json with `record` as its quantization_config.
+
+    Raises:
+        BadInput: if the model has no config.
+    """
+    saved = {**_save_config(model, folder), "quantization_config": dict(record)}
+    text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _save_config(model: Any, folder: Path) -> dict[str, Any]:
     """Write a model's config.json by its own library; gives back what it holds.
 
     Raises:
@@ -118,8 +131,7 @@ def save_config(model: Any, folder: Path) -> dict[str, Any]:
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()] or [torch.float32]
-    dtype = str(dtypes[0]).removeprefix("torch.")
+    dtype = str(float_dtype(model)).removeprefix("torch.")
     saved = read_json(folder / "config.json")
     return {**saved, "architectures": [type(model).__name__], "dtype": dtype}
 

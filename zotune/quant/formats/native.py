@@ -9,7 +9,6 @@ Modules of another scheme than the first are listed under "schemes": {module: sc
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +22,7 @@ from zotune.quant.formats.build import (
     empty_model,
     model_config,
     restore_generation_config_,
-    save_config,
+    write_config,
 )
 from zotune.quant.formats.shards import entries
 from zotune.quant.formats.tensors import (
@@ -80,9 +79,7 @@ class NativeFormat:
 
         layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
         record = _make_record(layers)
-        saved = {**save_config(model, folder), "quantization_config": record}
-        text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+        write_config(model, folder, record)
         save_file(_on_disk(model, layers), folder / SINGLE, metadata={"format": "pt"})
 
 

@@ -101,19 +101,6 @@ def check_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder, copied out of the files.
-
-    Raises:
-        FormatError: as `check_files`.
-    """
-    check_files(folder)
-    found: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        found.update(read_file(path))
-    return found
-
-
 def read_file(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file; copies, so the file may change afterwards.
 
