@@ -23,7 +23,7 @@ from zotune.quant.packing import unpack
 from zotune.quant.scheme import Scheme
 
 # Elements a thread should have at least: waking one costs more than a smaller share takes.
-GRAIN = 1 << 20
+GRAIN = 1 << 17
 # Scratch above this size is given back after each use.
 SCRATCH_BYTES = 1 << 26
 # Widths that are unpacked and scaled in one pass; others are unpacked before.
@@ -157,11 +157,16 @@ def integer_product(
     out: Tensor | None = None,
 ) -> Tensor:
     """(x_codes @ codes.T - sum(x_codes) * zero) * x_scale * scale + bias, float32."""
+    sums = integer_sums(x_codes, codes, bits)
+    return rescale(sums, x_codes, x_scale, scale, zero, bias, out)
+
+
+def integer_sums(x_codes: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """x_codes @ codes.T, int32, in this thread's scratch; the next call overwrites it."""
     weight = codes_scratch(codes, bits, x_codes.shape[-1])
     # The sums are four times the activations: fresh pages for them cost more than their rescaling.
     sums = _scratch("sums", x_codes.shape[0], codes.shape[0], torch.int32)
-    acc = integer_matmul(x_codes, weight, out=sums)
-    return rescale(acc, x_codes, x_scale, scale, zero, bias, out)
+    return integer_matmul(x_codes, weight, out=sums)
 
 
 def rescale(

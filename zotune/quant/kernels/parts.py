@@ -43,16 +43,19 @@ def linear(
     outputs: int,
     scheme: Scheme,
     compute_dtype: torch.dtype | None = None,
+    *,
+    same_codes: bool = False,
 ) -> Tensor:
     """x (parts, tokens, in) -> (parts, tokens, outputs) in x's dtype, by the kernel "cpu".
 
     x is what the layer's `inputs` gives. `points` are used one after the other, so that each may
-    lie in the scratch of the one before.
+    lie in the scratch of the one before. With `same_codes` they differ in nothing but scale, zero
+    and bias, and one integer product serves all of them.
     """
     dtype = compute_dtype or x.dtype
     out = x.new_empty(*x.shape[:-1], outputs)
     if scheme.integer_inputs:
-        return _rounded_(out, x, points, scheme, dtype)
+        return _rounded_(out, x, points, scheme, dtype, same_codes)
     for target, source, point in zip(out, x.to(dtype), points, strict=True):
         y = _as(target, dtype)
         bias = None if point.bias is None else point.bias.to(dtype)
@@ -62,15 +65,26 @@ def linear(
 
 
 def _rounded_(
-    out: Tensor, x: Tensor, points: Iterable[Point], scheme: Scheme, dtype: torch.dtype
+    out: Tensor,
+    x: Tensor,
+    points: Iterable[Point],
+    scheme: Scheme,
+    dtype: torch.dtype,
+    same_codes: bool,
 ) -> Tensor:
     """The same on activations that are rounded to int8."""
-    codes, scale = (t.view(*x.shape[:-1], -1) for t in cpu.quantize_rows(x.flatten(0, 1)))
+    flat, scales = cpu.quantize_rows(x.flatten(0, 1))
+    codes, scale = (t.view(*x.shape[:-1], -1) for t in (flat, scales))
     floats: Tensor | None = None
+    sums: Tensor | None = None
     for part, (target, point) in enumerate(zip(out, points, strict=True)):
         y = _as(target, torch.float32)
         if cpu.integer(point.codes, point.scale):
-            cpu.integer_product(codes[part], scale[part], *point, scheme.bits, y)
+            if sums is None or not same_codes:
+                rows = flat if same_codes else codes[part]
+                sums = cpu.integer_sums(rows, point.codes, scheme.bits)
+            mine = sums.view(len(out), -1, y.shape[-1])[part] if same_codes else sums
+            cpu.rescale(mine, codes[part], scale[part], point.scale, point.zero, point.bias, y)
         else:
             floats = codes.to(dtype) if floats is None else floats
             weight = _weight(point, scheme, dtype, x.shape[-1])
