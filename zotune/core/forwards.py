@@ -252,6 +252,7 @@ def scaled_outputs(site: Site, module: QuantLayer) -> bool:
 
 def _quant_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
     from zotune.quant.kernels import parts
+    from zotune.quant.kernels.rounded import Point
 
     module = site.module
     assert isinstance(module, QuantLinear)
@@ -262,7 +263,7 @@ def _quant_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
     # Codes that are numbers of a table are looked up once for all parts.
     own = module.codes if module.scheme.kind == "int" else module.unpacked()
     points = (
-        parts.Point(
+        Point(
             _at(site, view, part, "codes") if "codes" in site.blocks else own,
             *(_at(site, view, part, name) for name in ("scale", "zero", "bias")),
         )

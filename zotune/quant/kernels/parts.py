@@ -7,23 +7,13 @@ are written into one tensor. Every number is that of the layer's own forward on 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from zotune.quant.kernels import cpu
+from zotune.quant.kernels import cpu, rounded
+from zotune.quant.kernels.rounded import Point
 from zotune.quant.scheme import Scheme
-
-
-class Point(NamedTuple):
-    """A quantized layer's tensors as one part sees them; see `kernels.linear`."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    bias: Tensor | None
 
 
 def product_(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -55,42 +45,11 @@ def linear(
     dtype = compute_dtype or x.dtype
     out = x.new_empty(*x.shape[:-1], outputs)
     if scheme.integer_inputs:
-        return _rounded_(out, x, points, scheme, dtype, same_codes)
+        return rounded.linear_(out, x, points, scheme, dtype, same_codes)
     for target, source, point in zip(out, x.to(dtype), points, strict=True):
         y = _as(target, dtype)
         bias = None if point.bias is None else point.bias.to(dtype)
         product_(y, source, _weight(point, scheme, dtype, x.shape[-1]), bias)
-        target.copy_(y)
-    return out
-
-
-def _rounded_(
-    out: Tensor,
-    x: Tensor,
-    points: Iterable[Point],
-    scheme: Scheme,
-    dtype: torch.dtype,
-    same_codes: bool,
-) -> Tensor:
-    """The same on activations that are rounded to int8."""
-    flat, scales = cpu.quantize_rows(x.flatten(0, 1))
-    codes, scale = (t.view(*x.shape[:-1], -1) for t in (flat, scales))
-    floats: Tensor | None = None
-    sums: Tensor | None = None
-    for part, (target, point) in enumerate(zip(out, points, strict=True)):
-        y = _as(target, torch.float32)
-        if cpu.integer(point.codes, point.scale):
-            if sums is None or not same_codes:
-                rows = flat if same_codes else codes[part]
-                sums = cpu.integer_sums(rows, point.codes, scheme.bits)
-            mine = sums.view(len(out), -1, y.shape[-1])[part] if same_codes else sums
-            cpu.rescale(mine, codes[part], scale[part], point.scale, point.zero, point.bias, y)
-        else:
-            floats = codes.to(dtype) if floats is None else floats
-            weight = _weight(point, scheme, dtype, x.shape[-1])
-            torch.mul(F.linear(floats[part], weight).float(), scale[part], out=y)
-            if point.bias is not None:
-                y += point.bias
         target.copy_(y)
     return out
 

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -69,24 +70,24 @@ def _openmp() -> Callable[[Work, int], None] | None:
     if not hasattr(os, "RTLD_NOLOAD"):
         return None
     for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
-        try:
-            library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-            run, number, size = (
-                library[name]
-                for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-            )
-        except (OSError, AttributeError):
-            continue
-
-        def team(work: Work, parts: int) -> None:
-            def body(_: int | None) -> None:
-                for part in range(number(), parts, size()):  # a team may be smaller than asked for
-                    work(part)
-
-            run(_Body(body), None, ctypes.c_uint(parts), ctypes.c_uint(0))
-
-        return team
+        with suppress(OSError, AttributeError):
+            return _team(ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW))
     return None
+
+
+def _team(library: ctypes.CDLL) -> Callable[[Work, int], None]:
+    run, number, size = (
+        library[name] for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    )
+
+    def on_team(work: Work, parts: int) -> None:
+        def body(_: int | None) -> None:
+            for part in range(number(), parts, size()):  # a team may be smaller than asked for
+                work(part)
+
+        run(_Body(body), None, ctypes.c_uint(parts), ctypes.c_uint(0))
+
+    return on_team
 
 
 def _on_pool(work: Work, parts: int) -> None:
