@@ -67,6 +67,12 @@ class _Code:
     def load(self, pointer: Any, offset: Any, kind: Any) -> Any:
         return self.builder.load(self.at(pointer, offset, kind), align=1)
 
+    def fetch(self, pointer: Any, offset: Any) -> None:
+        """Ask for the line at this place, to be written soon."""
+        kind = ir.FunctionType(ir.VoidType(), [_byte.as_pointer(), _word, _word, _word])
+        ask = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        self.builder.call(ask, [self.at(pointer, offset, _byte), _word(1), _word(3), _word(1)])
+
     def spread(self, value: Any) -> Any:
         """The same number in every lane."""
         kind = ir.VectorType(value.type, LANES)
@@ -133,6 +139,10 @@ def _tile_of(zeroed: bool) -> Any:
                 for j in range(VECTORS):
                     nothing = ir.Constant(_floats, [0.0] * LANES)
                     b.store(nothing, code.at(held, places[r][j], _floats), align=4)
+            for r in range(ROWS):  # what the next rows of this panel will write comes meanwhile
+                ahead = b.mul(b.add(out_at, b.mul(out_width, size(ROWS + r))), size(4))
+                for j in range(VECTORS):
+                    code.fetch(out, b.add(ahead, size(64 * j)))
             fma = code.external("llvm.fma.v16f32", _floats)
             with cgutils.for_range(b, groups) as loop:
                 g = loop.index
