@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -26,88 +26,47 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zotune.quant.kernels.threads import parallel_ranges
+from zotune.quant.kernels.vectors import (
+    BYTE,
+    FLOAT,
+    FLOATS,
+    LANES,
+    WORD,
+    WORDS,
+    Code,
+    processor_has,
+)
 from zotune.quant.packing import WIDTHS
 
 ROWS = 6  # rows of activations in a tile: with 4 vectors each, 24 of 32 registers hold sums
-LANES = 16
 VECTORS = 4
 PANEL = LANES * VECTORS
 
 _inlined: Any = njit(nogil=True, cache=True, forceinline=True)
 _compiled: Any = njit(nogil=True, cache=True)
 _f, _i = np.float32, np.int32
-_word, _byte, _float = ir.IntType(32), ir.IntType(8), ir.FloatType()
 _CHUNK = 192  # rows of a task at least: laying a panel takes as long as 20 rows do
 _TASK = 1 << 20  # multiplications that a thread should have at least
-_words, _floats = ir.VectorType(_word, LANES), ir.VectorType(_float, LANES)
 
 
-@cache
 def available() -> bool:
     """Whether this processor has the instructions."""
-    found = binding.get_host_cpu_features()
-    return bool(found.get("avx512vnni") and found.get("avx512bw"))
+    return processor_has("avx512vnni", "avx512bw")
 
 
-class _Code:
-    """Instructions of a tile: what numba's own arrays and loops would not turn into vectors."""
+def _dots(code: Code, begin: Any, x: Any, rows: Any, panel: Any, steps: Any) -> Any:
+    """begin + sum over k < 4 steps of x[row + k] panel[k], by row and vector."""
+    b, size = code.builder, steps.type
+    dot = code.external("llvm.x86.avx512.vpdpbusd.512", WORDS)
 
-    def __init__(self, context: Any, builder: Any) -> None:
-        self.context, self.builder = context, builder
-
-    def data(self, kind: Any, array: Any) -> Any:
-        """The bytes of an array."""
-        found = self.context.make_array(kind)(self.context, self.builder, array).data
-        return self.builder.bitcast(found, _byte.as_pointer())
-
-    def at(self, pointer: Any, offset: Any, kind: Any) -> Any:
-        place = cgutils.pointer_add(self.builder, pointer, offset)
-        return self.builder.bitcast(place, kind.as_pointer())
-
-    def load(self, pointer: Any, offset: Any, kind: Any) -> Any:
-        return self.builder.load(self.at(pointer, offset, kind), align=1)
-
-    def fetch(self, pointer: Any, offset: Any) -> None:
-        """Ask for the line at this place, to be written soon."""
-        kind = ir.FunctionType(ir.VoidType(), [_byte.as_pointer(), _word, _word, _word])
-        ask = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
-        self.builder.call(ask, [self.at(pointer, offset, _byte), _word(1), _word(3), _word(1)])
-
-    def spread(self, value: Any) -> Any:
-        """The same number in every lane."""
-        kind = ir.VectorType(value.type, LANES)
-        one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), value, _word(0))
-        return self.builder.shuffle_vector(one, one, ir.Constant(_words, [0] * LANES))
-
-    def external(self, name: str, kind: Any) -> Any:
-        function = ir.FunctionType(kind, [kind] * 3)
-        return cgutils.get_or_insert_function(self.builder.module, function, name)
-
-    def dots(self, begin: Any, x: Any, rows: Any, panel: Any, steps: Any) -> Any:
-        """begin + sum over k < 4 steps of x[row + k] panel[k], by row and vector."""
-        b, size = self.builder, steps.type
-        dot = self.external("llvm.x86.avx512.vpdpbusd.512", _words)
-        start, loop, done = b.block, b.append_basic_block("k"), b.append_basic_block("sums")
-        b.branch(loop)
-        b.position_at_end(loop)
-        k = b.phi(size)
-        k.add_incoming(size(0), start)
-        held = [[b.phi(_words) for _ in range(VECTORS)] for _ in range(ROWS)]
+    def more(k: Any, held: Any) -> Any:
         base, column = b.mul(k, size(4 * PANEL)), b.mul(k, size(4))
-        q = [self.load(panel, b.add(base, size(4 * LANES * j)), _words) for j in range(VECTORS)]
-        moved = []
-        for r in range(ROWS):
-            four = self.spread(self.load(x, b.add(rows[r], column), _word))
-            moved.append([b.call(dot, [held[r][j], q[j], four]) for j in range(VECTORS)])
-        following = b.add(k, size(1))
-        k.add_incoming(following, loop)
-        for r in range(ROWS):
-            for j in range(VECTORS):
-                held[r][j].add_incoming(begin[r], start)
-                held[r][j].add_incoming(moved[r][j], loop)
-        b.cbranch(b.icmp_signed("<", following, steps), loop, done)
-        b.position_at_end(done)
-        return moved
+        q = [code.load(panel, b.add(base, size(4 * LANES * j)), WORDS) for j in range(VECTORS)]
+        fours = [code.spread(code.load(x, b.add(row, column), WORD)) for row in rows]
+        return [[b.call(dot, [held[r][j], q[j], fours[r]]) for j in range(VECTORS)]
+                for r in range(ROWS)]  # fmt: skip
+
+    return code.accumulate([[begin[r]] * VECTORS for r in range(ROWS)], steps, more)
 
 
 def _tile_of(zeroed: bool) -> Any:
@@ -120,7 +79,7 @@ def _tile_of(zeroed: bool) -> Any:
                  scale, zero, bias)  # fmt: skip
 
         def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            code, b = _Code(context, builder), builder
+            code, b = Code(context, builder), builder
             arrays = {0, 3, 4, 5, 7, 11, 12, 13}
             (out, out_at, out_width, x, x_scale, x_sums, row, panel, steps, groups, offset,
              scale, zero, bias) = (
@@ -132,48 +91,47 @@ def _tile_of(zeroed: bool) -> Any:
             numbers = [b.add(row, size(r)) for r in range(ROWS)]
             columns = b.mul(b.mul(steps, groups), size(4))
             held = b.bitcast(
-                cgutils.alloca_once(b, ir.ArrayType(_floats, ROWS * VECTORS)), _byte.as_pointer()
+                cgutils.alloca_once(b, ir.ArrayType(FLOATS, ROWS * VECTORS)), BYTE.as_pointer()
             )
             places = [[size(64 * (r * VECTORS + j)) for j in range(VECTORS)] for r in range(ROWS)]
             for r in range(ROWS):
                 for j in range(VECTORS):
-                    nothing = ir.Constant(_floats, [0.0] * LANES)
-                    b.store(nothing, code.at(held, places[r][j], _floats), align=4)
+                    b.store(code.constant(0.0), code.at(held, places[r][j], FLOATS), align=4)
             for r in range(ROWS):  # what the next rows of this panel will write comes meanwhile
                 ahead = b.mul(b.add(out_at, b.mul(out_width, size(ROWS + r))), size(4))
                 for j in range(VECTORS):
                     code.fetch(out, b.add(ahead, size(64 * j)))
-            fma = code.external("llvm.fma.v16f32", _floats)
+            fma = code.external("llvm.fma.v16f32", FLOATS)
             with cgutils.for_range(b, groups) as loop:
                 g = loop.index
                 totals = [
-                    code.load(x_sums, b.mul(b.add(b.mul(n, groups), g), size(4)), _word)
+                    code.load(x_sums, b.mul(b.add(b.mul(n, groups), g), size(4)), WORD)
                     for n in numbers
                 ]
-                less = b.neg(b.trunc(offset, _word))
+                less = b.neg(b.trunc(offset, WORD))
                 begin = [code.spread(b.mul(less, total)) for total in totals]
                 first = b.mul(b.mul(g, steps), size(4))
                 rows = [b.add(b.mul(n, columns), first) for n in numbers]
-                here = code.at(panel, b.mul(first, size(PANEL)), _byte)
-                sums = code.dots(begin, x, rows, here, steps)
+                here = code.at(panel, b.mul(first, size(PANEL)), BYTE)
+                sums = _dots(code, begin, x, rows, here, steps)
                 lanes = [b.add(b.mul(g, size(4 * PANEL)), size(64 * j)) for j in range(VECTORS)]
-                scales = [code.load(scale, lane, _floats) for lane in lanes]
+                scales = [code.load(scale, lane, FLOATS) for lane in lanes]
                 for r in range(ROWS):
-                    total = code.spread(b.sitofp(totals[r], _float))
+                    total = code.spread(b.sitofp(totals[r], FLOAT))
                     for j in range(VECTORS):
-                        value = b.sitofp(sums[r][j], _floats)
+                        value = b.sitofp(sums[r][j], FLOATS)
                         if zeroed:
-                            value = b.fsub(value, b.fmul(total, code.load(zero, lanes[j], _floats)))
-                        place = code.at(held, places[r][j], _floats)
+                            value = b.fsub(value, b.fmul(total, code.load(zero, lanes[j], FLOATS)))
+                        place = code.at(held, places[r][j], FLOATS)
                         value = b.call(fma, [value, scales[j], b.load(place, align=4)])
                         b.store(value, place, align=4)
             for r in range(ROWS):
-                s = code.spread(code.load(x_scale, b.mul(numbers[r], size(4)), _float))
+                s = code.spread(code.load(x_scale, b.mul(numbers[r], size(4)), FLOAT))
                 begin_out = b.mul(b.add(out_at, b.mul(out_width, size(r))), size(4))
                 for j in range(VECTORS):
-                    value = b.fmul(b.load(code.at(held, places[r][j], _floats), align=4), s)
-                    value = b.fadd(value, code.load(bias, size(64 * j), _floats))
-                    b.store(value, code.at(out, b.add(begin_out, size(64 * j)), _floats), align=1)
+                    value = b.fmul(b.load(code.at(held, places[r][j], FLOATS), align=4), s)
+                    value = b.fadd(value, code.load(bias, size(64 * j), FLOATS))
+                    b.store(value, code.at(out, b.add(begin_out, size(64 * j)), FLOATS), align=1)
             return context.get_dummy_value()
 
         return types.void(*kinds), codegen
