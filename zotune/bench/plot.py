@@ -1,0 +1,56 @@
+"""Pictures of results, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from zotune.bench.rows import number
+
+COLOURS = {"ours": "tab:blue", "floor": "0.6", "peer": "tab:orange"}
+WORDS = {"ours": "zotune", "floor": "plain inference (the floor)", "peer": "others' steps"}
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty figure that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def title(made: Mapping[str, Any], text: str) -> str:
+    """A first line of words, a second of the machine."""
+    facts, peaks = made["machine"], made["details"].get("peaks")
+    line = f"{facts['cpu']}, {facts['threads']} threads"
+    if peaks:
+        rates = ", ".join(f"{n} {peaks[n] / 1e12:.2g}" for n in ("fp32", "bf16", "int8"))
+        line += f"; peaks {rates} TFLOP/s, read {peaks['read'] / 1e9:.3g} GB/s"
+    return f"{text}\n{line}"
+
+
+def seconds(made: Mapping[str, Any]) -> Any:
+    """One bar per contender, the quickest on top; a black mark at a step's own two forwards."""
+    rounds, details = made["details"]["seconds_per_round"], made["details"]
+    times = {n: median(values) for n, values in rounds.items()}
+    names = sorted(times, key=lambda n: -times[n])
+    made_figure = figure(8.5, 1.6 + 0.3 * len(names))
+    axes = made_figure.add_subplot()
+    roles = [details["roles"][n] for n in names]
+    axes.barh(names, [times[n] for n in names], color=[COLOURS[r] for r in roles])
+    for place, name in enumerate(names):
+        floor = details["floors"].get(name)
+        if floor in times:
+            axes.plot([times[floor]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2)
+        axes.annotate(f" {number(times[name])} s", (times[name], place), va="center", fontsize=8)
+    handles = [axes.barh([names[0]], [0], color=COLOURS[r]) for r in COLOURS]
+    (mark,) = axes.plot([], [], color="black", linewidth=2)
+    axes.legend([*handles, mark], [*WORDS.values(), "two forwards of the same model"], fontsize=8)
+    axes.margins(x=0.12)
+    axes.set_xlabel("seconds per step")
+    settings = made["settings"]
+    axes.set_title(title(made, f"A step of {settings['model_name_or_path']}"), fontsize=9)
+    return made_figure
