@@ -41,6 +41,11 @@ class Dequantizing(nn.Module):
         self.register_buffer("scale", layer.scale)
         self.bias = layer.bias
 
+    @property
+    def qweight(self) -> Tensor:
+        """The codes, under the name by which peft finds a quantized layer's device."""
+        return self.codes
+
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The float weight (out, in)."""
         codes = unpack(self.codes, self.bits, self.in_features).to(dtype)
