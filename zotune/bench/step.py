@@ -10,6 +10,7 @@ from typing import Any
 
 from zotune.bench import contenders as names
 from zotune.bench import memory, peaks, plot
+from zotune.bench.apart import found_apart
 from zotune.bench.contenders import ONE_BY_ONE, Contender, Models, all_contenders, left_out
 from zotune.bench.models import shape_of, weights_of
 from zotune.bench.rows import Row
@@ -19,7 +20,6 @@ from zotune.bench.workload import Workload
 from zotune.errors import BadInput
 
 OVER_FORWARDS, OVER_FORWARDS_DENSE = 1.05, 1.3
-OVER_EVALUATION, OVER_EVALUATION_STACKED = 1.03, 1.15
 PEERS: dict[str, dict[str, float | None]] = {
     names.MEZO: {"mezo fp32": 2.0, "mezo bf16": None, "int4": 6.0, "int8": 10.0},
     names.LORA: {"int4": None, "int8": 6.0},
@@ -44,10 +44,10 @@ def measure(config: BenchConfig) -> tuple[list[Row], dict[str, Any]]:
     )  # fmt: skip
     works.clear()  # their models would count among what the processes below may take
     measured = [n for n in chosen if n.removesuffix(ONE_BY_ONE) not in missing]
-    found, failures = memory.peaks_of(measured if config.memory_steps else (), config)
+    found, failures = found_apart(measured if config.memory_steps else (), config)
     rows = [
         *peaks.rows(rates), *seconds_rows(rounds), *ratio_rows(timed, rounds),
-        *memory_rows(chosen, found, failures), *memory.rows(found),
+        *memory.ratio_rows(chosen, found, failures), *memory.peak_rows(found),
     ]  # fmt: skip
     details = {
         "seconds_per_round": rounds.seconds, "peaks": rates, "memory": found,
@@ -106,20 +106,6 @@ def ratio_rows(chosen: Mapping[str, Contender], rounds: Rounds) -> list[Row]:
                     Row(f"{peer} / {c.name}", ratio, "x", c.name, targets[kind], at_least=True)
                 )
     return rows
-
-
-def memory_rows(
-    chosen: Mapping[str, Contender], found: memory.Peaks, failures: Mapping[str, str]
-) -> list[Row]:
-    """One probe at a time runs the very micro-batch that evaluating does; stacked ones run two."""
-    measured = {*found, *failures}
-    return [
-        memory.ratio_row(
-            n, c.floor, found, OVER_EVALUATION if ONE_BY_ONE in n else OVER_EVALUATION_STACKED
-        )
-        for n, c in chosen.items()
-        if c.floor is not None and {n, c.floor} <= measured
-    ]  # fmt: skip
 
 
 def draw(made: Mapping[str, Any]) -> Any:
