@@ -175,6 +175,7 @@ def test_a_random_llama_is_the_model_that_transformers_would_quantize() -> None:
     """Made layer by layer, it computes what the whole one does."""
     scheme, ids = Scheme.parse("int4-g32"), torch.arange(12).view(2, 6)
     whole, piecewise = random_llama(TINY), random_llama(TINY, scheme)
+    assert whole.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
     assert whole.lm_head.weight is whole.model.embed_tokens.weight  # type: ignore[union-attr]
     quantize_model_(whole, scheme)
     set_compute_dtype_(whole)
@@ -276,6 +277,8 @@ def test_backprop_peers_move_what_they_train_and_nothing_else(name: str) -> None
         k for k, v in prepared.model.state_dict().items() if not torch.equal(v, state[k])
     }  # fmt: skip
     assert moved
+    factors = [p for n, p in prepared.model.named_parameters() if "lora_" in n]
+    assert all(p.dtype == torch.float32 for p in factors)
     adapters = {k for k in state if "lora_" in k}
     if name == contenders.ADAMW:
         assert not adapters

@@ -36,7 +36,7 @@ class Dequantizing(nn.Module):
                 "or reordered columns; give --scheme int4-g64"
             )
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.bits, self.compute_dtype = layer.scheme.bits, layer.compute_dtype
+        self.bits, self.product_dtype = layer.scheme.bits, layer.compute_dtype
         self.register_buffer("codes", layer.codes)
         self.register_buffer("scale", layer.scale)
         self.bias = layer.bias
@@ -56,7 +56,7 @@ class Dequantizing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype."""
-        dtype = self.compute_dtype or x.dtype
+        dtype = self.product_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = _Product.apply(x.to(dtype), self)  # type: ignore[no-untyped-call]

@@ -107,11 +107,11 @@ def random_llama(
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    config = sizes.config()
     with torch.device("meta"):
         model = LlamaForCausalLM(sizes.config(layers=0))
+        config = model.config  # which knows now how attention is computed
+        config.num_hidden_layers = sizes.layers
         model.model.layers.extend(LlamaDecoderLayer(config, k) for k in range(sizes.layers))
-    model.config = model.model.config = config
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     for number, layer in enumerate(model.model.layers):
         fill_(layer, f"layers.{number}", dtype)
