@@ -63,12 +63,16 @@ class Models:
 
     def work(self, contender: Contender) -> Work:
         """The contender on its model, ready to be stepped."""
+        return contender.start(self.prepared(contender))
+
+    def prepared(self, contender: Contender) -> Prepared:
+        """The contender's model: its own, or one that others use too."""
         kind = (contender.scheme, contender.dtype)
         if contender.alone:
-            return contender.start(self.workload.prepared(*kind))
+            return self.workload.prepared(*kind)
         if kind not in self.held:
             self.held[kind] = self.workload.prepared(*kind)
-        return contender.start(self.held[kind])
+        return self.held[kind]
 
 
 def all_contenders(config: BenchConfig) -> dict[str, Contender]:

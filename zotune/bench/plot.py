@@ -94,3 +94,47 @@ def noise(made: Mapping[str, Any]) -> Any:
     axes.legend(fontsize=8)
     axes.set_title(title(made, "Noise on the blocks of a model"), fontsize=9)
     return drawn
+
+
+def roofline(made: Mapping[str, Any]) -> Any:
+    """Above, shares of the peaks and of the time; below, seconds against sizes with their lines."""
+    found = made["details"]["contenders"]
+    names = list(found)[::-1]
+    drawn = figure(11, 4.5 + 0.35 * len(names))
+    (above, below) = drawn.subfigures(2, 1, height_ratios=[1 + 0.25 * len(names), 3])
+    shares, parts = above.subplots(1, 2, sharey=True)
+    for key, colour, label in (("forward_share", "0.6", "a forward"),
+                               ("step_share", "tab:blue", "a step")):  # fmt: skip
+        offset = 0.2 if key == "forward_share" else -0.2
+        places = [k + offset for k in range(len(names))]
+        shares.barh(places, [100 * found[n][key] for n in names], 0.4, color=colour, label=label)
+    shares.set_yticks(range(len(names)), names)
+    shares.axvline(100, color="black", linewidth=1)
+    shares.set_xlabel("% of the peak of its arithmetic")
+    shares.legend(fontsize=8)
+    _stacked(parts, found, names)
+    drawn.suptitle(title(made, f"Roofline of {made['settings']['model_name_or_path']}"), fontsize=9)
+    units = {"batch": "examples", "length": "tokens of an example", "layers": "layers"}
+    for axes, (axis, unit) in zip(below.subplots(1, 3), units.items(), strict=True):
+        for name in names[::-1]:
+            curve = found[name]["growth"][axis]
+            sizes = curve["sizes"]
+            (points,) = axes.plot(sizes, curve["seconds"], "o", label=name, markersize=4)
+            line = [curve["start"] + curve["slope"] * x for x in (0, sizes[-1])]
+            axes.plot([0, sizes[-1]], line, color=points.get_color(), linewidth=1)
+        axes.set_xlabel(unit)
+        axes.set_ylim(bottom=0)
+    below.axes[0].set_ylabel("seconds per step")
+    below.axes[0].legend(fontsize=7)
+    return drawn
+
+
+def _stacked(axes: Any, found: Mapping[str, Any], names: list[str]) -> None:
+    """Where the time goes, one bar per contender."""
+    left = [0.0] * len(names)
+    for part in found[names[0]]["where"] if names else ():
+        widths = [100 * found[n]["where"][part] for n in names]
+        axes.barh(range(len(names)), widths, left=left, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set_xlabel("% of the time of a step")
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)

@@ -17,6 +17,7 @@ BENCHES = {
     "step": "zotune.bench.step",
     "noise": "zotune.bench.noise",
     "memory": "zotune.bench.memory",
+    "roofline": "zotune.bench.roofline",
 }
 """Each module has measure(config) -> (rows, details) and draw(document) -> a figure."""
 
