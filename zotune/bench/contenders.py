@@ -18,6 +18,7 @@ from zotune.bench.timing import Work
 from zotune.bench.workload import Prepared, Workload
 from zotune.errors import BadInput
 from zotune.models.load import multiplies_bfloat16
+from zotune.quant.running import kernels_of
 from zotune.quant.scheme import Scheme
 
 MEZO, QZO_PEER, LORA, QLORA, ADAMW = (
@@ -60,6 +61,14 @@ class Models:
 
     workload: Workload
     held: dict[tuple[str | None, str], Prepared] = field(default_factory=dict)
+
+    @property
+    def kernels(self) -> dict[str, dict[str, str]]:
+        """What each kind of layer of the shared models runs on."""
+        return {
+            ", ".join(filter(None, kind)): kernels_of(prepared.model)
+            for kind, prepared in self.held.items()
+        }
 
     def work(self, contender: Contender) -> Work:
         """The contender on its model, ready to be stepped."""

@@ -32,7 +32,12 @@ def measure(config: BenchConfig) -> tuple[list[Row], dict[str, Any]]:
         if name not in missing:
             found[name] = one(contender, models.prepared(contender), rates, config)
             rows += rows_of(name, found[name])
-    return rows, {"peaks": rates, "contenders": found, "left_out": missing}
+    return rows, {
+        "peaks": rates,
+        "contenders": found,
+        "left_out": missing,
+        "kernels": models.kernels,
+    }
 
 
 def one(

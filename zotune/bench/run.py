@@ -10,7 +10,7 @@ from typing import Any
 
 from zotune.bench import report
 from zotune.bench.settings import BenchConfig
-from zotune.quant import kernels
+from zotune.quant.running import forced_kernel
 from zotune.training.folders import use_threads
 
 BENCHES = {
@@ -43,7 +43,7 @@ def prepare(config: BenchConfig) -> Iterator[None]:
     log.setLevel(logging.ERROR)
     use_threads(config.threads)
     try:
-        with kernels.force(config.kernel):
+        with forced_kernel(config.kernel):
             yield
     finally:
         log.setLevel(level)

@@ -26,6 +26,7 @@ class BenchConfig:
             no measurement.
         steps: of `memory`: also follow training runs of so many steps through `zotune train`.
         kernel: use this kernel for every quantized layer; chosen by zotune when null.
+        verbose: also show which kernels the layers run on.
         threads: CPU threads; torch's own choice when null.
         output_dir: where the JSON and the plot go; benchmarks/results of a checkout, else
             ./zotune-bench, when null. Alias: out.
@@ -42,6 +43,7 @@ class BenchConfig:
     memory_steps: int = 8
     steps: int = 0
     kernel: str | None = None
+    verbose: bool = False
     threads: int | None = None
     output_dir: str | None = None
 

@@ -36,12 +36,15 @@ def measure(config: BenchConfig) -> tuple[list[Row], dict[str, Any]]:
     chosen = all_contenders(config)
     rates = peaks.measure()
     timed = {n: c for n, c in chosen.items() if ONE_BY_ONE not in n}
-    works, missing = started(timed, config)
+    models = Models(Workload.of(config))
+    works, missing = started(timed, models)
     shape = shape_of(config.model_name_or_path)
     rounds = interleave(
         works, rounds=config.rounds or shape.rounds, calls=config.calls or shape.calls,
         warmup=config.warmup,
     )  # fmt: skip
+    running = models.kernels
+    models.held.clear()
     works.clear()  # their models would count among what the processes below may take
     measured = [n for n in chosen if n.removesuffix(ONE_BY_ONE) not in missing]
     found, failures = found_apart(measured if config.memory_steps else (), config)
@@ -51,17 +54,17 @@ def measure(config: BenchConfig) -> tuple[list[Row], dict[str, Any]]:
     ]  # fmt: skip
     details = {
         "seconds_per_round": rounds.seconds, "peaks": rates, "memory": found,
-        "failures": failures, "left_out": missing,
+        "failures": failures, "left_out": missing, "kernels": running,
         "roles": {n: c.role for n, c in timed.items()}, "floors": floors(timed),
     }  # fmt: skip
     return rows, details
 
 
 def started(
-    chosen: Mapping[str, Contender], config: BenchConfig
+    chosen: Mapping[str, Contender], models: Models
 ) -> tuple[dict[str, Work], dict[str, str]]:
     """Contenders ready to be stepped, and why the others are not among them."""
-    models, weights = Models(Workload.of(config)), weights_of(config.model_name_or_path)
+    weights = weights_of(models.workload.model)
     works: dict[str, Work] = {}
     missing: dict[str, str] = {}
     for name, contender in chosen.items():

@@ -32,6 +32,9 @@ def _bench(found: dict[str, Any]) -> None:
         print(f"left out: {name}: {reason}")
     for name, reason in found["details"].get("failures", {}).items():
         print(f"failed: {name}: {reason}")
+    for model, kinds in found["details"].get("kernels", {}).items():
+        for layer, name in kinds.items() if found["settings"]["verbose"] else ():
+            print(f"kernel: {model}: {layer} on {name}")
     print(f"written to {found['written']} and {found['plot']}")
 
 
