@@ -10,11 +10,11 @@ import torch
 def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The device whose blocks Triton's kernels work on: a GPU, else the CPU by the interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from zotune.core import noise, sites
+    from zotune.core import noise, sites, sweep
     from zotune.quant import kernels
 
     if torch.cuda.is_available():
         return torch.device("cuda")
-    for module in (noise, sites, kernels):
+    for module in (noise, sites, sweep, kernels):
         monkeypatch.setattr(module, "has_triton", lambda device: True)
     return torch.device("cpu")

@@ -234,7 +234,7 @@ class CodeBlock(Block):
     updates have changed, for whoever watches a run.
     """
 
-    moved: int = field(default=0, init=False)
+    moved: int | Tensor = field(default=0, init=False)
 
     @classmethod
     def of(cls, name: str, owner: Owner, **options: Any) -> CodeBlock:

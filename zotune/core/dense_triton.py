@@ -22,7 +22,8 @@ from zotune.quant.kernels.directions import Drawn, moved
 from zotune.quant.kernels.floats import KINDS, bits_of, narrow, wide
 from zotune.quant.kernels.philox import four, weight_of
 
-TILE = 128  # most rows of a tile
+TILES = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
+"""Most rows of a tile: what two accumulators and a tile of noise leave of a GPU's registers."""
 FEW = 2  # tiles of rows up to which drawing anew beats a scratch
 _jit: Any = triton.jit
 _INTS = ["tokens", "outputs", "columns", "over", "each", "k0", "k1", "most", "bias_part"]
@@ -31,13 +32,13 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # whose products know 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def few(tokens: int, columns: int) -> bool:
+def few(tokens: int, columns: int, dtype: torch.dtype) -> bool:
     """Whether to draw inside the product: few tiles of rows, and columns in whole tiles of noise.
 
-    >>> few(256, 5120), few(257, 5120), few(16, 100)
+    >>> few(128, 5120, torch.bfloat16), few(128, 5120, torch.float32), few(16, 100, torch.float16)
     (True, False, False)
     """
-    return tokens <= FEW * TILE and columns % 64 == 0
+    return tokens <= FEW * TILES[dtype] and columns % 64 == 0
 
 
 @_jit
@@ -113,7 +114,7 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, drawn: Drawn) -> Tenso
     out = torch.empty(parts, tokens, outputs, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    bm, bn = min(TILE, max(16, triton.next_power_of_2(tokens))), 64
+    bm, bn = min(TILES[x.dtype], max(16, triton.next_power_of_2(tokens))), 64
     reach = drawn.streams if drawn.reach is None else drawn.reach
     shift = out if bias is None else bias.detach().to(x.dtype).contiguous()
     dtype = _DTYPES[x.dtype]
@@ -124,6 +125,6 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, drawn: Drawn) -> Tenso
         outputs if bias is not None and len(bias) > 1 else 0, *drawn.numbers,
         biased=bias is not None, kind=KINDS[theta.dtype], into=KINDS[x.dtype], pairs=drawn.pairs,
         dtype=dtype, held=tl.float32 if _INTERPRETED else dtype, bm=bm, bn=bn,
-        num_warps=8 if bm > 64 else 4, **drawn.constants,
+        num_warps=8 if bm > 32 else 4, **drawn.constants,
     )  # fmt: skip
     return out

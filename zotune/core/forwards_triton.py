@@ -89,7 +89,7 @@ def linear(site: Site, view: View, parts: Tensor) -> Tensor | None:
         bias = points(view, site.blocks["bias"])
         if bias is None:
             return None
-    if dense_triton.few(*parts.shape[1:]):
+    if dense_triton.few(*parts.shape[1:], parts.dtype):
         return dense_triton.linear(parts, block.master, bias, how)
     return _by_scratch(view, block, parts, bias)
 

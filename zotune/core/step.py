@@ -26,6 +26,7 @@ from zotune.core.perturbation import Perturbation
 from zotune.core.probe import Losses, Probe
 from zotune.core.space import Space
 from zotune.core.subspace import Subspace
+from zotune.core.sweep import swept_
 from zotune.errors import BadInput
 
 RUN = 1 << 20  # elements of g alive at once: the largest scratch of an update
@@ -183,6 +184,9 @@ class Tuner:
             for start, stop in runs(block):
                 step = directions.expand(z, key, block, start, stop)
                 block.move_(start, stop, _scaled(step, block.stride, start, stop, block), key)
+            return
+        past = self.recent[0]
+        if swept_(block, now.rule, directions, past.keys, _weights(past, block), lr, key):
             return
         for start, stop in [(0, block.rows)] if now.rule.whole else runs(block):
             here = {k: (v[start:stop] if v.dim() else v) for k, v in state.items()}

@@ -43,7 +43,7 @@ class Diagnostics:
             out["signal"] = fmean(self.signals[self._seen :])
             self._seen = len(self.signals)
         if self.codes and self._steps > self._noted:
-            moved = sum(b.moved for b in self.codes)
+            moved = int(sum(b.moved for b in self.codes))
             out["codes_moved"] = moved / sum(b.numel for b in self.codes)
             out["codes_moved"] /= self._steps - self._noted
             for block in self.codes:

@@ -28,23 +28,27 @@ def bits_of(tensor: Tensor) -> Tensor:
 def wide(bits, kind: tl.constexpr):
     """float32 of what memory holds."""
     if kind == 1:
-        return ((bits.to(tl.int32) & 0xFFFF) << 16).to(tl.float32, bitcast=True)
-    if kind == 2:
-        return bits.to(tl.float16, bitcast=True).to(tl.float32)
-    return bits
+        value = ((bits.to(tl.int32) & 0xFFFF) << 16).to(tl.float32, bitcast=True)
+    elif kind == 2:
+        value = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = bits
+    return value
 
 
 @_jit
 def narrow(value, kind: tl.constexpr):
     """What memory holds of a float32: the nearest, ties to even."""
     if kind == 1:
-        bits = value.to(tl.int32, bitcast=True)
-        odd = (bits >> 16) & 1
-        bits = tl.where(value != value, 0x7FC00000, bits + 0x7FFF + odd)
-        return (bits >> 16).to(tl.int16)
-    if kind == 2:
-        return value.to(tl.float16).to(tl.int16, bitcast=True)
-    return value
+        whole = value.to(tl.int32, bitcast=True)
+        odd = (whole >> 16) & 1
+        whole = tl.where(value != value, 0x7FC00000, whole + 0x7FFF + odd)
+        bits = (whole >> 16).to(tl.int16)
+    elif kind == 2:
+        bits = value.to(tl.float16).to(tl.int16, bitcast=True)
+    else:
+        bits = value
+    return bits
 
 
 @_jit

@@ -120,15 +120,16 @@ def _bit(word, k):
 @_jit
 def four(counter, row, k0, k1, most, law: tl.constexpr):
     """Numbers counter // 16 * 64 + counter % 16 + 0, 16, 32, 48 of the stream in `row`."""
-    here, k = counter, counter
+    here = counter
     if law == 2:
-        k = counter // 16 % 32
         here = counter // 512 * 16 + counter % 16
     a, b, c, d = philox(here, field(row, 0), field(row, 1), field(row, 2), k0, k1)
     if law == 2:
-        return _bit(a, k), _bit(b, k), _bit(c, k), _bit(d, k)
-    x, y = numbers(a, b, law, most)
-    z, w = numbers(c, d, law, most)
+        k = counter // 16 % 32
+        x, y, z, w = _bit(a, k), _bit(b, k), _bit(c, k), _bit(d, k)
+    else:
+        x, y = numbers(a, b, law, most)
+        z, w = numbers(c, d, law, most)
     return x, y, z, w
 
 
@@ -136,12 +137,13 @@ def four(counter, row, k0, k1, most, law: tl.constexpr):
 def one(index, row, k0, k1, most, law: tl.constexpr):
     """Number `index` (int64) of the stream in `row`."""
     plane = index // 16 % 4
-    counter = index // 64 * 16 + index % 16
-    if law == 2:
-        counter = index // 2048 * 16 + index % 16
+    tiled: tl.constexpr = 2048 if law == 2 else 64
+    counter = index // tiled * 16 + index % 16
     a, b, c, d = philox(counter, field(row, 0), field(row, 1), field(row, 2), k0, k1)
     a, b = tl.where(plane < 2, a, c), tl.where(plane < 2, b, d)
     if law == 2:
-        return _bit(tl.where(plane % 2 == 0, a, b), index // 64 % 32)
-    x, y = numbers(a, b, law, most)
+        k = index // 64 % 32
+        x, y = _bit(a, k), _bit(b, k)
+    else:
+        x, y = numbers(a, b, law, most)
     return tl.where(plane % 2 == 0, x, y)

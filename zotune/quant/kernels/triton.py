@@ -48,8 +48,9 @@ def _codes(
     if bits < 8:
         q = (q.to(tl.int32) >> (plane * bits)) & ((1 << bits) - 1)
         if lookup:
-            return tl.load(table + q)
-        return q - (1 << (bits - 1))
+            q = tl.load(table + q)
+        else:
+            q = q - (1 << (bits - 1))
     return q
 
 
