@@ -84,12 +84,13 @@ def linear(site: Site, view: View, parts: Tensor) -> Tensor | None:
     if how is None or parts.dtype != module.weight.dtype or _wanted(module, parts):
         return None
     assert isinstance(block, FloatBlock)
-    bias = None if module.bias is None else module.bias.unsqueeze(0)
+    bias: Tensor | None = None if module.bias is None else module.bias.unsqueeze(0)
     if "bias" in site.blocks:
         bias = points(view, site.blocks["bias"])
         if bias is None:
             return None
-    if dense_triton.few(*parts.shape[1:], parts.dtype):
+    _, tokens, columns = parts.shape
+    if dense_triton.few(tokens, columns, parts.dtype):
         return dense_triton.linear(parts, block.master, bias, how)
     return _by_scratch(view, block, parts, bias)
 

@@ -54,6 +54,7 @@ class View:
     rows: int = 0
     focus: Part | None = None
     visited: set[str] = field(default_factory=set)
+    shared: list[nn.Module] = field(default_factory=list)
     table: Tensor | None = None
     _scratch: dict[Any, Tensor] = field(default_factory=dict)
 

@@ -162,8 +162,11 @@ def swept_(
              *noise_triton.words(key.seed, f"{block.name}#round"))  # fmt: skip
     constants = {"law": LAWS[law.law], "sign": how.sign, "counters": COUNTERS,
                  "enable_fp_fusion": False}  # fmt: skip
-    move = {FloatBlock: _float_block_, CodeBlock: _code_block_}.get(type(block))
-    return move is not None and move(block, how.size, table, words, law.most, constants)
+    if type(block) is FloatBlock:
+        return _float_block_(block, how.size, table, words, law.most, constants)
+    if type(block) is CodeBlock:
+        return _code_block_(block, how.size, table, words, law.most, constants)
+    return False
 
 
 def _float_block_(
