@@ -231,7 +231,7 @@ class CodeBlock(Block):
 
     Coordinates are codes: a displacement of 1 is one grid step. Whole displacements stay int8,
     so that integer kernels run; others are seen as fractional codes. `moved` counts the codes that
-    updates have changed, for whoever watches a run.
+    updates have changed, for whoever watches a run, on the device that moves them.
     """
 
     moved: int | Tensor = field(default=0, init=False)
@@ -283,6 +283,13 @@ class CodeBlock(Block):
             moved, _ = stepped(codes, down, *self.limits)
         self.moved += int((moved != codes).sum())
         stored.copy_(moved if bits == 8 else pack(moved, bits))
+
+    def forget_moved_(self) -> None:
+        """Count from 0 again, where the count lies."""
+        if isinstance(self.moved, Tensor):
+            self.moved.zero_()
+        else:
+            self.moved = 0
 
     def decay_(self, factor: float, key: Key) -> None:
         raise BadInput(

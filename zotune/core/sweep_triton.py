@@ -7,7 +7,7 @@ A program draws g for a run of numbers, makes steps of it and writes what `move_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from zotune.core import noise_triton
 from zotune.core.block import Block, CodeBlock, FloatBlock
+from zotune.core.estimator import Estimate
 from zotune.core.forwards_triton import spacing
-from zotune.core.noise import Key
-from zotune.core.perturbation import Independent
-from zotune.core.rule import Elementwise
+from zotune.core.perturbation import Perturbation
 from zotune.quant.kernels.floats import KINDS, bits_of, narrow, rounded, wide
 from zotune.quant.kernels.philox import FIELDS, LAWS, four, weight_of
 
@@ -53,7 +52,7 @@ def _step(g, size, stride, sign: tl.constexpr):
 
 @_free
 def _floats(
-    master, stored, stride, table, n, over, keys, k0, k1, r0, r1, most, size, stride_value,
+    master, stored, stride, table, n, over, keys, k0, k1, r0, r1, most, stride_value,
     minimum, law: tl.constexpr, sign: tl.constexpr, spread: tl.constexpr, bounded: tl.constexpr,
     kind: tl.constexpr, copied: tl.constexpr, counters: tl.constexpr,
 ):  # fmt: skip
@@ -62,6 +61,7 @@ def _floats(
     r0, r1 = r0.to(tl.uint32, bitcast=True), r1.to(tl.uint32, bitcast=True)
     counter = tl.program_id(0).to(tl.int64) * counters + tl.arange(0, counters)
     numbers = _gradients(counter, table, keys, k0, k1, most, law)
+    size = weight_of(table + keys * 6)
     if kind != 0 and not copied:
         chances = four(counter, table + keys * 6, r0, r1, most, 1)
     for k in tl.static_range(4):
@@ -97,7 +97,7 @@ def _coded(q, step, chance, half: tl.constexpr):
 
 @_free
 def _codes(
-    codes, moved, table, n, columns, width, keys, k0, k1, r0, r1, most, size, stride_value,
+    codes, moved, table, n, columns, width, keys, k0, k1, r0, r1, most, stride_value,
     law: tl.constexpr, sign: tl.constexpr, bits: tl.constexpr, counters: tl.constexpr,
 ):  # fmt: skip
     """codes -= SR(stride step); n bytes, rows of `width`, where plane p of a row holds columns from
@@ -106,6 +106,7 @@ def _codes(
     r0, r1 = r0.to(tl.uint32, bitcast=True), r1.to(tl.uint32, bitcast=True)
     local = tl.program_id(0).to(tl.int64) * counters + tl.arange(0, counters)
     byte, lane = local // 16 * 64, local % 16
+    size = weight_of(table + keys * 6)
     half: tl.constexpr = 1 << (bits - 1)
     mask: tl.constexpr = (1 << bits) - 1
     q0 = tl.load(codes + byte + lane, byte + lane < n, other=0).to(tl.int32)
@@ -147,69 +148,91 @@ def _codes(
     tl.atomic_add(moved, tl.sum(count).to(tl.int64))
 
 
-def swept_(
-    block: Block,
-    how: Elementwise,
-    law: Independent,
-    keys: Sequence[Key],
-    weights: Sequence[float],
-    key: Key,
-) -> bool:
-    """Move a block in one launch; False, and nothing moved, where its layout is another."""
-    scaled = [w * law.gain for w in weights]
-    table = noise_triton.table([*keys, key], [*scaled, 0.0], [0] * (len(keys) + 1), block.device)
-    words = (*noise_triton.words(keys[0].seed, block.name),
-             *noise_triton.words(key.seed, f"{block.name}#round"))  # fmt: skip
-    constants = {"law": LAWS[law.law], "sign": how.sign, "counters": COUNTERS,
-                 "enable_fp_fusion": False}  # fmt: skip
-    if type(block) is FloatBlock:
-        return _float_block_(block, how.size, table, words, law.most, constants)
-    if type(block) is CodeBlock:
-        return _code_block_(block, how.size, table, words, law.most, constants)
-    return False
-
-
-def _float_block_(
-    block: FloatBlock, size: float, table: Tensor, words: tuple[int, ...], most: int,
-    constants: dict[str, Any],
-) -> bool:  # fmt: skip
-    master, stored, stride, over = block.master, block.tensor.detach(), block.stride, 1
-    if isinstance(stride, Tensor):
-        over = spacing(stride, block)
-    same = master.data_ptr() == stored.data_ptr()
-    wanted = stored.dtype in KINDS and (same or master.dtype == torch.float32)
-    if not wanted or not over or not master.is_contiguous() or not stored.is_contiguous():
+def sweepable(block: Block, law: Perturbation) -> bool:
+    """Whether this block lies as the kernels want it, and kernels draw its directions."""
+    if law.independent(block) is None:
         return False
-    if not block.numel:
-        return True
-    spread = isinstance(stride, Tensor)
-    _floats[(triton.cdiv(-(-block.numel // 64) * 16, COUNTERS),)](
-        bits_of(master), bits_of(stored), stride if spread else table, table, block.numel, over,
-        len(table) - 1, *words, most, size, 1.0 if spread else stride, block.minimum or 0.0,
-        spread=spread, bounded=block.minimum is not None, kind=KINDS[stored.dtype],
-        copied=not same, **constants,
-    )  # fmt: skip
-    return True
-
-
-def _code_block_(
-    block: CodeBlock, size: float, table: Tensor, words: tuple[int, ...], most: int,
-    constants: dict[str, Any],
-) -> bool:  # fmt: skip
+    if type(block) is FloatBlock:
+        master, stored, stride = block.master, block.tensor, block.stride
+        same = master.data_ptr() == stored.data_ptr()
+        return (
+            stored.dtype in KINDS
+            and (same or master.dtype == torch.float32)
+            and master.is_contiguous()
+            and stored.is_contiguous()
+            and (not isinstance(stride, Tensor) or spacing(stride, block) > 0)
+        )
+    if type(block) is not CodeBlock or isinstance(block.stride, Tensor):
+        return False
     codes, bits = block.module.codes, block.module.scheme.bits
     width, columns = codes.shape[-1], block.shape[1]
     whole = bits == 8 or (width % 64 == 0 and width * (8 // bits) == columns)
-    if bits not in WIDTHS or not whole or not codes.is_contiguous():
-        return False
-    if not codes.numel():
-        return True
+    return bits in WIDTHS and whole and codes.is_contiguous()
+
+
+def places(block: Block) -> tuple[Hashable, ...]:
+    """What a recorded launch has fixed of this block."""
+    stride = block.stride.data_ptr() if isinstance(block.stride, Tensor) else block.stride
+    if isinstance(block, FloatBlock):
+        return block.name, block.master.data_ptr(), block.tensor.data_ptr(), stride
+    assert isinstance(block, CodeBlock)
+    return block.name, block.module.codes.data_ptr(), stride
+
+
+def table(blocks: Sequence[Block], law: Perturbation, past: Estimate, size: float) -> Tensor:
+    """(blocks, keys + 1, 6) on their device: streams and weights of g, then the stream of the
+    rounding noise, whose weight is the step's size."""
+    keys = [*past.keys, past.key]
+    rows, weights = len(keys) * len(blocks), []
+    for block in blocks:
+        how = law.independent(block)
+        assert how is not None
+        weights += [w * how.gain for w in past.weights(block)] + [size]
+    flat = noise_triton.table(keys * len(blocks), weights, [0] * rows, blocks[0].device)
+    return flat.view(len(blocks), len(keys), FIELDS)
+
+
+def sweep_(
+    blocks: Sequence[Block], law: Perturbation, past: Estimate, sign: bool, table: Tensor
+) -> None:
+    """Launch the update of every block."""
+    for block, rows in zip(blocks, table, strict=True):
+        how = law.independent(block)
+        assert how is not None
+        words = (*noise_triton.words(past.keys[0].seed, block.name),
+                 *noise_triton.words(past.key.seed, f"{block.name}#round"), how.most)  # fmt: skip
+        constants = {"law": LAWS[how.law], "sign": sign, "counters": COUNTERS,
+                     "enable_fp_fusion": False}  # fmt: skip
+        if not block.numel:
+            continue
+        if isinstance(block, FloatBlock):
+            _float_block_(block, rows, words, constants)
+        else:
+            assert isinstance(block, CodeBlock)
+            _code_block_(block, rows, words, constants)
+
+
+def _float_block_(
+    block: FloatBlock, rows: Tensor, words: tuple[int, ...], constants: dict[str, Any]
+) -> None:
+    master, stored, stride = block.master, block.tensor.detach(), block.stride
+    spread = isinstance(stride, Tensor)
+    over = spacing(stride, block) if isinstance(stride, Tensor) else 1
+    _floats[(triton.cdiv(-(-block.numel // 64) * 16, COUNTERS),)](
+        bits_of(master), bits_of(stored), stride if spread else rows, rows, block.numel, over,
+        len(rows) - 1, *words, 1.0 if spread else stride, block.minimum or 0.0,
+        spread=spread, bounded=block.minimum is not None, kind=KINDS[stored.dtype],
+        copied=master.data_ptr() != stored.data_ptr(), **constants,
+    )  # fmt: skip
+
+
+def _code_block_(
+    block: CodeBlock, rows: Tensor, words: tuple[int, ...], constants: dict[str, Any]
+) -> None:
+    codes, bits = block.module.codes, block.module.scheme.bits
     if not isinstance(block.moved, Tensor):  # counted where the codes are: no step waits for it
         block.moved = torch.full((), block.moved, dtype=torch.int64, device=block.device)
     _codes[(triton.cdiv(-(-codes.numel() // 64) * 16, COUNTERS),)](
-        codes, block.moved, table, codes.numel(), columns, width, len(table) - 1, *words, most,
-        size, block.stride, bits=bits, **constants,
+        codes, block.moved, rows, codes.numel(), block.shape[1], codes.shape[-1], len(rows) - 1,
+        *words, block.stride, bits=bits, **constants,
     )  # fmt: skip
-    return True
-
-
-assert FIELDS == 6

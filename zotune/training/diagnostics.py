@@ -47,7 +47,7 @@ class Diagnostics:
             out["codes_moved"] = moved / sum(b.numel for b in self.codes)
             out["codes_moved"] /= self._steps - self._noted
             for block in self.codes:
-                block.moved = 0
+                block.forget_moved_()
         if self.cosine is not None:
             out["gradient_cosine"], self.cosine = self.cosine, None
         self._noted = self._steps
