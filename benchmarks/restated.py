@@ -22,7 +22,7 @@ class MeZO:
     def __init__(self, model: nn.Module, loss: Loss, lr: float = 1e-6, eps: float = 1e-3) -> None:
         self.named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
         self.loss, self.lr, self.eps, self.decay = loss, lr, eps, 0.0
-        self.generator = torch.Generator()
+        self.generator = torch.Generator(self.named[0][1].device)
         self.done = 0
 
     @torch.no_grad()
@@ -59,8 +59,9 @@ class MeZO:
 
     def _draw(self, parameter: Tensor) -> Tensor:
         return torch.normal(
-            mean=0.0, std=1.0, size=parameter.shape, dtype=parameter.dtype, generator=self.generator
-        )
+            mean=0.0, std=1.0, size=parameter.shape, dtype=parameter.dtype,
+            device=parameter.device, generator=self.generator,
+        )  # fmt: skip
 
 
 class AdamW:

@@ -103,7 +103,7 @@ def assert_same(fast: list[Tensor], slow: list[Tensor]) -> None:
 def test_replays_give_the_losses_of_plain_forwards(
     record: Any, triton_device: torch.device, space: str, lanes: bool
 ) -> None:
-    lengths = [3] * 4
+    lengths = [2] * 4
     found = evaluator(triton_device, space, record)
     assert_same(
         losses(found, lengths, lanes=lanes), plainly(triton_device, space, lengths, lanes=lanes)
@@ -129,7 +129,7 @@ def test_micro_batches_share_a_recording_and_keep_their_directions(
 ) -> None:
     found = evaluator(triton_device, "scales", record, micro_batch=1)
     assert_same(
-        losses(found, [3] * 4, lanes=True), plainly(triton_device, "scales", [3] * 4, lanes=True)
+        losses(found, [2] * 4, lanes=True), plainly(triton_device, "scales", [2] * 4, lanes=True)
     )
     assert found.graphs is not None
     assert (found.graphs.recorded, found.graphs.replayed) == (1, 7)
@@ -139,11 +139,11 @@ def test_weights_that_moved_elsewhere_are_recorded_anew(
     record: Any, triton_device: torch.device
 ) -> None:
     found = evaluator(triton_device, "scales", record)
-    losses(found, [3] * 5)
+    losses(found, [2] * 4)
     layer = found.model[2]  # type: ignore[index]
     layer.codes = layer.codes.clone()  # type: ignore[union-attr]
     assert found.graphs is not None
-    assert_same(losses(found, [3]), plainly(triton_device, "scales", [3]))
+    assert_same(losses(found, [2]), plainly(triton_device, "scales", [2]))
     assert found.graphs.recorded == 2
 
 
@@ -151,10 +151,10 @@ def test_values_that_moved_in_place_are_seen_by_a_replay(
     record: Any, triton_device: torch.device
 ) -> None:
     found = evaluator(triton_device, "scales", record)
-    before = losses(found, [3] * 4)[0]
+    before = losses(found, [2] * 4)[0]
     block = found.space.blocks[0]
     block.move_(0, block.rows, torch.full(block.shape, 0.01, device=triton_device), Key(0))
-    assert not torch.equal(losses(found, [3])[0], before)
+    assert not torch.equal(losses(found, [2])[0], before)
     assert found.graphs is not None
     assert found.graphs.recorded == 1
 
@@ -181,11 +181,11 @@ def test_what_a_recording_froze_is_found_and_said_once(
         return stand_in(frozen)
 
     with kernels.force("triton"), caplog.at_level(logging.INFO, "zotune"):
-        truth = plainly(triton_device, "scales", [3] * 4)
+        truth = plainly(triton_device, "scales", [2] * 4)
         found = evaluator(triton_device, "scales", freezing, drifting)
         for step, wanted in enumerate(truth):
             now[0] = 1.0 + step
-            loss = found.losses(pair(step), batch_of(step, 3, triton_device), Gaussian()).mean
+            loss = found.losses(pair(step), batch_of(step, 2, triton_device), Gaussian()).mean
             torch.testing.assert_close(loss, wanted * now[0], rtol=1e-5, atol=1e-6)
     (said,) = [r.message for r in caplog.records if "CUDA graphs" in r.message]
     assert said.endswith("a replay gave other losses than the forward that was recorded")
@@ -197,7 +197,7 @@ def test_what_cannot_be_recorded_runs_plainly_and_says_so_once(
     def refused(work: Callable[[], Out]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    lengths = [3] * 4
+    lengths = [2] * 4
     with kernels.force("triton"), caplog.at_level(logging.INFO, "zotune"):
         found = evaluator(triton_device, "scales", refused)
         assert_same(losses(found, lengths), plainly(triton_device, "scales", lengths))
@@ -209,7 +209,7 @@ def test_directions_that_kernels_do_not_draw_are_not_recorded(
     record: Any, triton_device: torch.device
 ) -> None:
     found = evaluator(triton_device, "scales", record)
-    losses(found, [3] * 3, law=Sphere())
+    losses(found, [2] * 3, law=Sphere())
     assert found.graphs is not None
     assert found.graphs.off == "these directions are not drawn inside kernels"
 

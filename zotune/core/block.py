@@ -83,8 +83,8 @@ class Block(ABC):
         unit = self.unit if units == "relative" else 1.0
         self.eps_ratio = (self.eps / eps) if self.eps is not None and eps else 1.0
         self.lr_ratio = (self.lr / lr) if self.lr is not None and lr else 1.0
-        self.reach = unit * self.eps_ratio
-        self.stride = unit * self.lr_ratio
+        self.reach = _times(unit, self.eps_ratio)
+        self.stride = _times(unit, self.lr_ratio)
 
     @property
     def grid(self) -> Tensor | None:
@@ -117,6 +117,11 @@ class Block(ABC):
     @abstractmethod
     def load_(self, state: Tensor) -> None:
         """Restore what `state` gave."""
+
+
+def _times(unit: Tensor | float, ratio: float) -> Tensor | float:
+    """unit * ratio; the unit itself, not a copy, where that is what it is."""
+    return unit if ratio == 1.0 else unit * ratio
 
 
 def part(value: Tensor | float, start: int, stop: int, rows: int) -> Tensor | float:

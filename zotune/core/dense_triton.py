@@ -26,7 +26,7 @@ TILES = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
 """Most rows of a tile: what two accumulators and a tile of noise leave of a GPU's registers."""
 FEW = 2  # tiles of rows up to which drawing anew beats a scratch
 _jit: Any = triton.jit
-_INTS = ["tokens", "outputs", "columns", "over", "each", "k0", "k1", "most", "bias_part"]
+_INTS = ["over", "each", "k0", "k1", "most", "bias_part"]
 _free: Any = triton.jit(do_not_specialize=_INTS)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # whose products know no bfloat16
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

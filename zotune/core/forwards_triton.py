@@ -42,6 +42,8 @@ def drawn(view: View, block: Block, part: Part | None = None) -> Drawn | None:
     if part is not None:
         index = view.index(part)
         streams = streams[index : index + 1]
+    if len(streams) > triton.MOST:
+        return None
     return Drawn(
         streams, noise_triton.words(view.probes[0].key.seed, block.name), law.law, law.gain,
         law.most, reach if isinstance(reach, Tensor) else None,

@@ -26,7 +26,7 @@ from zotune.quant.kernels.philox import FIELDS, LAWS, four, weight_of
 COUNTERS = 256  # per program: 1,024 numbers
 WIDTHS = (2, 4, 8)  # bits of codes that a sweep reads as they lie
 _jit: Any = triton.jit
-_INTS = ["n", "over", "keys", "columns", "width", "most", "k0", "k1", "r0", "r1"]
+_INTS = ["n", "over", "keys", "most", "k0", "k1", "r0", "r1"]
 _free: Any = triton.jit(do_not_specialize=_INTS)
 
 

@@ -32,6 +32,7 @@ _jit: Any = triton.jit
 _free: Any = triton.jit(do_not_specialize=["over", "each", "k0", "k1", "most"])
 # The interpreter's products take the bits of a bfloat16 for a whole number.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MOST = 65534  # parts of one launch: a GPU's limit, made even
 DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -247,13 +248,15 @@ def stacked(
         codes: packed (out, bytes) or one number per weight (out, in).
         scale, zero, bias: (parts or 1, ...): each part's own, or one for all.
         drawn: directions that move the scales of each part, drawn where they are used; for
-            scales of one for all parts, where `uniform` says so.
+            at most MOST parts that share their scales, where `uniform` says so.
 
     Returns:
         (parts, tokens, out) in x's dtype.
     """
     parts, tokens, columns = x.shape
     outputs = codes.shape[0]
+    if parts > MOST:
+        return _in_runs(x, codes, scale, zero, bias, scheme, compute_dtype)
     out = x.new_empty(parts, tokens, outputs)
     if out.numel() == 0:
         return out
@@ -284,6 +287,20 @@ def stacked(
         **constants,
     )  # fmt: skip
     return out
+
+
+def _in_runs(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+    scheme: Scheme, compute_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """More parts than one launch takes."""
+    runs = []
+    for start in range(0, len(x), MOST):
+        here = slice(start, start + MOST)
+        own = [t if t is None or len(t) == 1 else t[here] for t in (scale, zero, bias)]
+        assert own[0] is not None
+        runs.append(stacked(x[here], codes, own[0], own[1], own[2], scheme, compute_dtype))
+    return torch.cat(runs)
 
 
 def uniform(scheme: Scheme, columns: int, groups: int) -> bool:
