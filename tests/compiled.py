@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from zotune.core import dense_triton, noise_triton, points_triton, sweep_triton
-from zotune.quant.kernels import triton as product
+from zotune.quant.kernels.product import product
 
 POINTERS = {
     "out": "*i16", "theta": "*i16", "stored": "*i16", "master": "*i16", "bias": "*i16",
@@ -48,8 +48,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "rows": (points_triton._rows, {"kind": 1, "into": 1, "size": 256, **LAW}, {}),
     "dense": (dense_triton._dense, {"bm": 16, **DENSE}, {}),
     "dense, most rows": (dense_triton._dense, {"bm": 64, **DENSE}, {"warps": 8}),
-    "product": (product._linear, {"drawn": False, **PRODUCT}, LINEAR),
-    "product, drawn": (product._linear, {"drawn": True, **PRODUCT}, LINEAR),
+    "product": (product, {"drawn": False, **PRODUCT}, LINEAR),
+    "product, drawn": (product, {"drawn": True, **PRODUCT}, LINEAR),
     "floats": (
         sweep_triton._floats,
         {"law": 0, "sign": False, "spread": True, "bounded": True, "kind": 1, "copied": False,

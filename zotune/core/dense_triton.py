@@ -22,8 +22,7 @@ from zotune.quant.kernels.directions import Drawn, moved
 from zotune.quant.kernels.floats import KINDS, bits_of, narrow, wide
 from zotune.quant.kernels.philox import four, weight_of
 
-TILES = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
-"""Most rows of a tile: what two accumulators and a tile of noise leave of a GPU's registers."""
+TILE = 64  # most rows of a tile: what two accumulators and a tile of noise leave of the registers
 FEW = 2  # tiles of rows up to which drawing anew beats a scratch
 _jit: Any = triton.jit
 _INTS = ["over", "each", "k0", "k1", "most", "bias_part"]
@@ -35,10 +34,12 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 def few(tokens: int, columns: int, dtype: torch.dtype) -> bool:
     """Whether to draw inside the product: few tiles of rows, and columns in whole tiles of noise.
 
-    >>> few(128, 5120, torch.bfloat16), few(128, 5120, torch.float32), few(16, 100, torch.float16)
+    Not in float32, where tensor cores do not help and a kernel of ours has too few registers.
+
+    >>> few(128, 5120, torch.bfloat16), few(129, 5120, torch.bfloat16), few(9, 100, torch.float16)
     (True, False, False)
     """
-    return tokens <= FEW * TILES[dtype] and columns % 64 == 0
+    return dtype != torch.float32 and tokens <= FEW * TILE and columns % 64 == 0
 
 
 @_jit
@@ -107,14 +108,14 @@ def _dense(x, theta, streams, reach, bias, out, tokens, outputs, columns, over, 
 def linear(x: Tensor, theta: Tensor, bias: Tensor | None, drawn: Drawn) -> Tensor:
     """x (parts, tokens, in) by the weights that each part sees -> (parts, tokens, out).
 
-    theta (out, in), float32 or x's dtype; bias (parts or 1, out) or None; `few` rows.
+    theta (out, in), float32 or x's dtype; bias (parts or 1, out) or None; `few` says when.
     """
     parts, tokens, columns = x.shape
     outputs = theta.shape[0]
     out = torch.empty(parts, tokens, outputs, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    bm, bn = min(TILES[x.dtype], max(16, triton.next_power_of_2(tokens))), 64
+    bm, bn = min(TILE, max(16, triton.next_power_of_2(tokens))), 64
     reach = drawn.streams if drawn.reach is None else drawn.reach
     shift = out if bias is None else bias.detach().to(x.dtype).contiguous()
     dtype = _DTYPES[x.dtype]

@@ -23,13 +23,11 @@ from torch import Tensor
 
 from zotune.quant.codebooks import TABLES
 from zotune.quant.kernels import reference, refuse_gradient
-from zotune.quant.kernels.directions import Drawn, moved
-from zotune.quant.kernels.philox import one, weight_of
+from zotune.quant.kernels.directions import Drawn
+from zotune.quant.kernels.product import product
 from zotune.quant.packing import packed_columns
 from zotune.quant.scheme import Scheme
 
-_jit: Any = triton.jit
-_free: Any = triton.jit(do_not_specialize=["over", "each", "k0", "k1", "most"])
 # The interpreter's products take the bits of a bfloat16 for a whole number.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST = 65534  # parts of one launch: a GPU's limit, made even
@@ -38,149 +36,6 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
 }
-
-
-@_jit
-def _codes(
-    at, inside, table, plane: tl.constexpr, bits: tl.constexpr, lookup: tl.constexpr
-):  # fmt: skip
-    """One tile of codes: numbers of a table, or whole or fractional codes, centred."""
-    q = tl.load(at, inside, other=0)
-    if bits < 8:
-        q = (q.to(tl.int32) >> (plane * bits)) & ((1 << bits) - 1)
-        if lookup:
-            q = tl.load(table + q)
-        else:
-            q = q - (1 << (bits - 1))
-    return q
-
-
-@_jit
-def _weight(q, scale, zero, at, ok, zeroed: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """(codes - zero) * scale, rounded to the product's dtype."""
-    q = q.to(tl.float32)
-    if zeroed:
-        q -= tl.load(zero + at, ok, other=0.0)
-    return (q * scale).to(dtype)
-
-
-@_jit
-def _product(x, q, scale, zero, at, ok, acc, zeroed: tl.constexpr, integer: tl.constexpr,
-             dtype: tl.constexpr, held: tl.constexpr):  # fmt: skip
-    """acc + x @ w.T for one tile and one part, whose scales these are."""
-    if integer:
-        sums = tl.dot(x, tl.trans(q.to(tl.int8))).to(tl.float32)
-        return acc + sums * tl.trans(scale)
-    w = _weight(q, scale, zero, at, ok, zeroed, dtype).to(held)
-    if x.dtype.is_int():
-        x = x.to(tl.float32)
-    return tl.dot(x.to(dtype).to(held), tl.trans(w), acc, input_precision="ieee")
-
-
-@_jit
-def _finish(acc, out, x_scale, bias, m, n, tokens, outputs, rounded: tl.constexpr,
-            biased: tl.constexpr):  # fmt: skip
-    """Row scales, bias, and the tile into memory."""
-    if rounded:
-        acc = acc * tl.load(x_scale + m, m < tokens, other=0.0)[:, None]
-    if biased:
-        acc += tl.load(bias + n, n < outputs, other=0.0)[None, :]
-    inside = (m < tokens)[:, None] & (n < outputs)[None, :]
-    tl.store(out + m[:, None] * outputs + n[None, :], acc.to(out.dtype.element_ty), inside)
-
-
-@_jit
-def _drawn_scales(scale, at, ok, row, other, reach, over, k0, k1, most, reach_value, minimum,
-                  parts: tl.constexpr, law: tl.constexpr, gain: tl.constexpr,
-                  spread: tl.constexpr, bounded: tl.constexpr, shared: tl.constexpr):  # fmt: skip
-    """Scales of the stream in `row` and, for a second part, of the one in `other`."""
-    theta = tl.load(scale + at, ok, other=0.0)
-    far = reach_value
-    if spread:
-        far = tl.load(reach + at // over, ok, other=0.0)
-    u = one(at, row, k0, k1, most, law)
-    first = moved(theta, u, weight_of(row), far, minimum, gain, bounded)
-    second = first
-    if parts == 2:
-        if not shared:
-            u = one(at, other, k0, k1, most, law)
-        second = moved(theta, u, weight_of(other), far, minimum, gain, bounded)
-    return first, second
-
-
-@_free
-def _linear(
-    x, x_scale, codes, scale, zero, bias, table, out, streams, reach,
-    tokens, outputs, columns, width, groups, group, row, scale_part, zero_part, bias_part,
-    over, each, k0, k1, most, reach_value, minimum,
-    bits: tl.constexpr, planes: tl.constexpr, parts: tl.constexpr, uniform: tl.constexpr,
-    zeroed: tl.constexpr, biased: tl.constexpr, lookup: tl.constexpr, rounded: tl.constexpr,
-    integer: tl.constexpr, dtype: tl.constexpr, held: tl.constexpr,
-    drawn: tl.constexpr, law: tl.constexpr, gain: tl.constexpr, spread: tl.constexpr,
-    bounded: tl.constexpr, shared: tl.constexpr,
-    bm: tl.constexpr, bn: tl.constexpr, bk: tl.constexpr,
-):  # fmt: skip
-    """out[p] = x[p] @ ((codes - zero[p]) * scale[p]).T for parts p of this program.
-
-    A row of codes has `row` elements; plane k of `planes` holds the columns from k * width on.
-    `uniform`: every tile of `bk` columns lies in one group. Two parts are `each` parts apart.
-    `drawn`: scale is one for all parts, moved by directions that are drawn once for each group.
-    """
-    m = tl.program_id(0) * bm + tl.arange(0, bm).to(tl.int64)
-    n = tl.program_id(1) * bn + tl.arange(0, bn).to(tl.int64)
-    p = tl.program_id(2) // each * each * parts + tl.program_id(2) % each
-    streams += p * 6
-    next_streams = streams + each * 6
-    k0 = k0.to(tl.uint32, bitcast=True)
-    k1 = k1.to(tl.uint32, bitcast=True)
-    apart = each.to(tl.int64) * tokens
-    x += p.to(tl.int64) * tokens * columns
-    out += p.to(tl.int64) * tokens * outputs
-    x_scale += p * tokens
-    scale += p * scale_part
-    zero += p * zero_part
-    bias += p * bias_part
-    first = tl.zeros((bm, bn), tl.float32)
-    second = first
-    s_first = tl.zeros((bn, 1 if uniform else bk), tl.float32)
-    s_second = s_first
-    for plane in tl.static_range(planes):
-        for start in range(0, width, bk):
-            byte = start + tl.arange(0, bk)
-            k = plane * width + byte
-            ok = (byte < width) & (k < columns)
-            here = (n < outputs)[:, None] & ok[None, :]
-            q = _codes(codes + n[:, None] * row + byte[None, :], here, table, plane, bits, lookup)
-            if uniform:
-                # A last tile may lie in the padding behind the last group.
-                at = n[:, None] * groups + tl.minimum((plane * width + start) // group, groups - 1)
-                valid = (n < outputs)[:, None]
-            else:
-                at = n[:, None] * groups + (k // group)[None, :]
-                valid = here
-            if drawn:
-                if (start == 0) | ((plane * width + start) % group < bk):
-                    s_first, s_second = _drawn_scales(
-                        scale, at, valid, streams, next_streams, reach, over, k0, k1, most,
-                        reach_value, minimum, parts, law, gain, spread, bounded, shared,
-                    )  # fmt: skip
-            else:
-                s_first = tl.load(scale + at, valid, other=0.0)
-                if parts == 2:
-                    s_second = tl.load(scale + each * scale_part + at, valid, other=0.0)
-            tile = (m < tokens)[:, None] & ok[None, :]
-            source = x + m[:, None] * columns + k[None, :]
-            first = _product(tl.load(source, tile, other=0.0), q, s_first, zero, at, valid, first,
-                             zeroed, integer, dtype, held)  # fmt: skip
-            if parts == 2:
-                source += apart * columns
-                second = _product(tl.load(source, tile, other=0.0), q, s_second,
-                                  zero + each * zero_part, at, valid, second, zeroed, integer,
-                                  dtype, held)  # fmt: skip
-    _finish(first, out, x_scale, bias, m, n, tokens, outputs, rounded, biased)
-    if parts == 2:
-        _finish(second, out + apart * outputs, x_scale + apart, bias + each * bias_part, m, n,
-                tokens, outputs, rounded, biased)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -273,8 +128,10 @@ def stacked(
     zeros, biases = (scales if t is None else _wide(t, outputs) for t in (zero, bias))
     tensors, numbers, constants = _arguments(drawn, scales)
     each = 1 if drawn is None else drawn.lanes
-    bm, both = min(64, max(16, triton.next_power_of_2(tokens))), 2 - parts // each % 2
-    _linear[triton.cdiv(tokens, bm), triton.cdiv(outputs, 64), parts // both](
+    most = 32 if dtype == tl.float32 else 64  # float32 needs twice the registers
+    bm, bn, bk = min(most, max(16, triton.next_power_of_2(tokens))), most, min(most, bk)
+    both = 2 - parts // each % 2
+    product[triton.cdiv(tokens, bm), triton.cdiv(outputs, bn), parts // both](
         inputs, x_scale, codes, scales, zeros, biases, _table(scheme, x.device), out,
         *tensors, tokens, outputs, columns, layout.width, scales.shape[-1], group, codes.shape[1],
         _step(scales), _step(zeros), _step(biases), *numbers,
@@ -282,7 +139,7 @@ def stacked(
         zeroed=zero is not None, biased=bias is not None, lookup=layout.lookup,
         rounded=scheme.integer_inputs,
         integer=scheme.integer_inputs and whole and uniform and zero is None,
-        dtype=dtype, held=tl.float32 if INTERPRETED else dtype, bm=bm, bn=64, bk=bk,
+        dtype=dtype, held=tl.float32 if INTERPRETED else dtype, bm=bm, bn=bn, bk=bk,
         drawn=drawn is not None, shared=drawn is not None and drawn.shared,
         **constants,
     )  # fmt: skip
@@ -320,7 +177,7 @@ def _arguments(drawn: Drawn | None, scales: Tensor) -> tuple[list[Any], list[Any
     """Tensors, numbers and constants of the directions that the kernel draws, if any."""
     if drawn is None:
         law = {"law": 0, "gain": 1.0, "spread": False, "bounded": False}
-        return [scales, scales], [1, 1, 0, 0, 0, 0.0, 0.0], {**law, "enable_fp_fusion": True}
+        return [scales, scales], [1, 1, 0, 0, 0, 0.0, 0.0], {**law, "enable_fp_fusion": False}
     reach = scales if drawn.reach is None else drawn.reach
     return [drawn.streams, reach], [drawn.over, drawn.lanes, *drawn.numbers], drawn.constants
 
