@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,12 +15,14 @@ from zotune.allocator import keep_freed
 from zotune.core import forwards as _forwards  # registers the fast probed forwards
 from zotune.core import image_forwards as _image_forwards
 from zotune.core.exact import LastLayers
+from zotune.core.graphs import Cuda, Graphs, Record
 from zotune.core.perturbation import Perturbation
 from zotune.core.prefix import sharing, site_free
 from zotune.core.probe import Losses, Probe
 from zotune.core.sites import StackingError, View, observing, probing, sites_of
 from zotune.core.space import Space
 from zotune.errors import BadInput
+from zotune.quant.kernels import has_triton
 from zotune.quant.layer import QuantLayer
 from zotune.tasks.batch import Batch
 
@@ -49,7 +52,8 @@ class TorchEvaluator(Evaluator):
     objective(model, batch) gives (loss, weight) per example, both (rows,); `stack` probes run in
     one forward (None: all of a step; 1: one at a time, least memory), `micro_batch` examples at a
     time (None: all). Dropout is off. A batch may also come in pieces, none or more, each of which
-    is then run by itself.
+    is then run by itself. On a GPU forwards of shapes that come again are recorded and replayed,
+    by `record` if it is given.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class TorchEvaluator(Evaluator):
         micro_batch: int | None = None,
         per_example: bool = True,
         fast: bool = True,
+        record: Record | None = None,
     ) -> None:
         for name, value in (("stack", stack), ("micro_batch", micro_batch)):
             if value is not None and value < 1:
@@ -78,6 +83,7 @@ class TorchEvaluator(Evaluator):
         self.micro_batch = micro_batch
         self.per_example = per_example
         self.fast = fast
+        self.record = record
         self.visited: set[str] = set()
         self.watch_(space)
 
@@ -87,6 +93,17 @@ class TorchEvaluator(Evaluator):
         self.sites = sites_of(space.probed)
         self.last = LastLayers(self.model, [b for b in space if b.exact])
         self.prefix = site_free(self.model, self.sites) if self.fast else []
+        self.graphs = self._graphs()
+
+    def _graphs(self) -> Graphs | None:
+        """Recorded forwards, on a GPU whose kernels draw directions by themselves."""
+        blocks = self.space.probed
+        on_gpu = bool(blocks) and has_triton(blocks[0].device.type)
+        if not (self.fast and (self.record or on_gpu)) or self.last.blocks:
+            return None
+        bare = partial(self._forward, sharing_prefix=False)
+        record = self.record or Cuda()
+        return Graphs(self.model, self.sites, self._forward, bare, record)
 
     @torch.no_grad()
     def losses(
@@ -141,15 +158,22 @@ class TorchEvaluator(Evaluator):
         self, probes: Sequence[Probe], batch: Batch, first: int, perturbation: Perturbation
     ) -> tuple[Tensor, Tensor]:
         """Losses (probes, examples) and weights (examples,) of one forward."""
-        stacked = batch.repeat(len(probes))
-        rows = max(len(t) for t in stacked.tensors.values())
+        rows = len(probes) * max(len(t) for t in batch.tensors.values())
         view = View(probes, batch.size, perturbation, first, rows)
-        with probing(self.sites, view, self.fast), sharing(self.prefix, view), self.last.held():
-            loss, weight = self.objective(self.model, stacked)
-            self.last.add_(loss, weight)
+        loss, weight = (self.graphs or self._forward)(view, batch)
         self.visited |= view.visited
         loss = loss.detach().double().view(len(probes), -1).cpu()
         return loss, weight.detach().double().view(len(probes), -1)[0].cpu()
+
+    def _forward(
+        self, view: View, batch: Batch, sharing_prefix: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and weight of every row."""
+        prefix = self.prefix if sharing_prefix else []
+        with probing(self.sites, view, self.fast), sharing(prefix, view), self.last.held():
+            loss, weight = self.objective(self.model, batch.repeat(len(view.probes)))
+            self.last.add_(loss, weight)
+        return loss.detach(), weight.detach()
 
     def check(
         self,

@@ -24,6 +24,7 @@ from zotune.core.block import Block
 from zotune.core.perturbation import Perturbation
 from zotune.core.probe import Probe
 from zotune.errors import ZotuneError
+from zotune.quant.kernels import has_triton
 
 
 class StackingError(ZotuneError):
@@ -53,6 +54,8 @@ class View:
     rows: int = 0
     focus: Part | None = None
     visited: set[str] = field(default_factory=set)
+    shared: list[nn.Module] = field(default_factory=list)
+    table: Tensor | None = None
     _scratch: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
@@ -67,6 +70,22 @@ class View:
         if not self.lanes:
             return [Part(p, None) for p in probes]
         return [Part(p, b) for p in probes for b in range(self.examples)]
+
+    @property
+    def paired(self) -> bool:
+        """Whether probes come in twos that share a direction."""
+        keys = [probe.key for probe in self.probes]
+        return len(keys) % 2 == 0 and keys[::2] == keys[1::2]
+
+    def index(self, part: Part) -> int:
+        """The place of a part among all parts."""
+        return part.probe * (self.examples if self.lanes else 1) + (part.lane or 0)
+
+    def streams(self, device: torch.device) -> Tensor:
+        """Key and step of every part as a GPU's kernels read them, one table for all sites."""
+        if self.table is None or self.table.device != device:
+            self.table = streams(self.probes, self.examples, self.first, device)
+        return self.table
 
     def direction(self, block: Block, probe: Probe, lane: int | None) -> Tensor:
         """u of one probe, kept while the site is being computed: +eps and -eps share it."""
@@ -88,6 +107,12 @@ class View:
         probe = self.probes[part.probe]
         if probe.step == 0:
             return block.value()
+        if has_triton(block.device.type):
+            from zotune.core import forwards_triton
+
+            found = forwards_triton.points(self, block, part)
+            if found is not None:
+                return found[0]
         return block.at(self.direction(block, probe, part.lane), probe.step)
 
     def forget(self) -> None:
@@ -101,6 +126,20 @@ class View:
             yield
         finally:
             self.focus = before
+
+
+def streams(
+    probes: Sequence[Probe], examples: int, first: int, device: torch.device | str
+) -> Tensor:
+    """The table (parts, 6) of `noise_triton.table`: one row per part, its weight the step."""
+    from zotune.core import noise_triton
+
+    lanes: Sequence[int | None] = [None]
+    if probes[0].per_example:
+        lanes = [first + lane for lane in range(examples)]
+    rows = [(p.key.fold(lane=lane), p.step) for p in probes for lane in lanes]
+    keys, steps = [key for key, _ in rows], [step for _, step in rows]
+    return noise_triton.table(keys, steps, [0] * len(rows), torch.device(device))
 
 
 @dataclass(frozen=True)
