@@ -88,7 +88,7 @@ def alone(module: nn.Module, blocks: Sequence[Block], view: View, x: Tensor) -> 
     for piece, (probe, lane) in zip(pieces, parts, strict=True):
         one = copy.deepcopy(module)
         for block in blocks:
-            key = probe.key if lane is None else probe.key.fold(lane=view.first + lane)
+            key = probe.key if lane is None else view.lane_key(probe, lane)
             value = block.at(view.perturbation.draw(key, block), probe.step)
             value = value if probe.step else block.value()
             for table in (one._parameters, one._buffers):
@@ -131,7 +131,7 @@ def test_low_rank_adapters(
     rank = min(3, width)
     module = filled_(adapter.LowRank(torch.zeros(rank, width), torch.zeros(out, rank), scaling))
     blocks = float_blocks(module, tuned)
-    view = View(probes, examples, law, first, len(probes) * examples * k)
+    view = View(probes, examples, law, [first + b for b in range(examples)], len(probes) * examples * k)
     x = inputs(view.rows, tokens, width, dtype, 1)
     truth = alone(module, blocks, view, x)
     assert close(fast(module, blocks, view, x), truth)
@@ -155,7 +155,7 @@ def test_linear_layers(
     examples, k, tokens, width, out = shape
     module = filled_(nn.Linear(width, out, bias=bias or "bias" in tuned)).to(dtype)
     blocks = float_blocks(module, tuned)
-    view = View(probes, examples, law, first, len(probes) * examples * k)
+    view = View(probes, examples, law, [first + b for b in range(examples)], len(probes) * examples * k)
     x = inputs(view.rows, tokens, width, dtype, 1)
     truth = alone(module, blocks, view, x)
     assert close(fast(module, blocks, view, x), truth)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.core.block import Block
+from zotune.core.noise import Key
 from zotune.core.perturbation import Perturbation
 from zotune.core.probe import Probe
 from zotune.errors import ZotuneError
@@ -42,14 +43,14 @@ class Part:
 class View:
     """What one stacked evaluation looks like from inside a site.
 
-    The stacked batch has `rows` = len(probes) x examples x k rows, probe-major; `first` is the
-    number of the first example in the whole batch (micro-batches keep each example's direction).
+    The stacked batch has `rows` = len(probes) x examples x k rows, probe-major; `places` are the
+    examples' numbers in the whole batch (pieces of it keep each example's direction).
     """
 
     probes: Sequence[Probe]
     examples: int
     perturbation: Perturbation
-    first: int = 0
+    places: Sequence[int] | None = None
     rows: int = 0
     focus: Part | None = None
     visited: set[str] = field(default_factory=set)
@@ -68,9 +69,13 @@ class View:
             return [Part(p, None) for p in probes]
         return [Part(p, b) for p in probes for b in range(self.examples)]
 
+    def lane_key(self, probe: Probe, lane: int) -> Key:
+        """The key of one example's own direction."""
+        return probe.key.fold(lane=lane if self.places is None else self.places[lane])
+
     def direction(self, block: Block, probe: Probe, lane: int | None) -> Tensor:
         """u of one probe, kept while the site is being computed: +eps and -eps share it."""
-        key = probe.key if lane is None else probe.key.fold(lane=self.first + lane)
+        key = probe.key if lane is None else self.lane_key(probe, lane)
         if (block.name, key) not in self._scratch:
             self._scratch[block.name, key] = self.perturbation.displacement(key, block)
         return self._scratch[block.name, key]
@@ -78,7 +83,7 @@ class View:
     def lane_directions(self, block: Block, probe: Probe) -> Tensor:
         """u of every example of one probe: (examples, *block.shape)."""
         if (block.name, "lanes", probe.key) not in self._scratch:
-            keys = [probe.key.fold(lane=self.first + b) for b in range(self.examples)]
+            keys = [self.lane_key(probe, b) for b in range(self.examples)]
             u = self.perturbation.draw_lanes(keys, block)
             self._scratch[block.name, "lanes", probe.key] = u
         return self._scratch[block.name, "lanes", probe.key]
@@ -89,6 +94,18 @@ class View:
         if probe.step == 0:
             return block.value()
         return block.at(self.direction(block, probe, part.lane), probe.step)
+
+    @contextmanager
+    def narrowed(self, rows: int) -> Iterator[None]:
+        """For a forward of `rows` rows per probe, of what examples share; without lanes, or with
+        as many rows as examples."""
+        before = self.examples, self.rows, self.visited
+        self.examples, self.rows = min(rows, self.examples), rows * len(self.probes)
+        self.visited = set()
+        try:
+            yield
+        finally:
+            self.examples, self.rows, self.visited = before
 
     def forget(self) -> None:
         self._scratch.clear()
