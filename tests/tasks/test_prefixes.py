@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tasks import tiny
 from torch import Tensor, nn
 
 from zotune.core import spaces
@@ -40,7 +41,7 @@ def opt(tokenizer: Any) -> Loaded:
 
 
 MODELS: dict[str, Callable[[Any], Loaded]] = {"llama": tiny.llama, "gpt2": tiny.gpt2, "opt": opt}
-SPACES = ("weights", "head", "norms", "weights(pattern='[.]1[.]')", "lora")
+SPACES = ("weights", "head", "weights(pattern='[.]1[.]')")
 
 
 @pytest.fixture(autouse=True)
@@ -91,13 +92,14 @@ def losses(
 
 
 class Rows:
-    """Tokens that the embedding looks up and rows that the second layer computes."""
+    """Tokens that each layer computes."""
 
     def __init__(self, model: nn.Module) -> None:
         layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-        self.tokens, self.layers = 0, [0] * len(layers)
+        self.layers = [0] * len(layers)
         for i, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._count(i), with_kwargs=True)
+            inner = next(layer.children())  # hooks of the layer itself see rows that it shares
+            inner.register_forward_pre_hook(self._count(i), with_kwargs=True)
 
     def _count(self, i: int) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -116,8 +118,8 @@ def test_losses_of_shared_prefixes_are_those_of_whole_rows(
     for title, task in tasks().items():
         model = task.prepare(MODELS[name](tokenizer)).requires_grad_(False)
         plain = losses(task, model, space, lanes, narrow=False)
-        assert float(plain.std(0).min()) > 1e-5
-        for options in ({}, {"stack": 1}, {"micro_batch": 2}):
+        assert float(plain.std(0).max()) > 1e-3  # the probes differ, so agreement says something
+        for options in ({}, {"stack": 1, "micro_batch": 2}):
             found = losses(task, model, space, lanes, narrow=True, **options)
             assert torch.allclose(found, plain, rtol=1e-5, atol=2e-5), (title, options)
 
@@ -180,8 +182,6 @@ def test_any_rows_give_the_same_logprobs(
     batch = Batch(stack_targets(targets, 0), len(examples)).repeat(copies)
     prefixes.FORWARD = forward
     scorer = CausalScorer(split=True, cached=True)
-    from contextlib import nullcontext
-
     shared = replace(batch, narrow=Narrow(lambda _: nullcontext()))
     with torch.no_grad():
         whole = scorer.token_logprobs(model, batch)
@@ -202,8 +202,6 @@ def test_models_without_keys_and_longer_texts_than_a_window_run_whole(tokenizer:
 
 
 def test_rows_padded_on_the_left_run_whole() -> None:
-    from contextlib import nullcontext
-
     ids = torch.ones(2, 4, dtype=torch.long)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     batch = Batch(

@@ -111,7 +111,7 @@ class TorchEvaluator(Evaluator):
                 log.warning("out of memory; from here on %d numbers go into a forward", room)
             self.room, self.forwards = room, forwards
             self.last.sums.clear()
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.empty_cache()
 
     def _measured(

@@ -30,6 +30,12 @@ class Candidates:
             for t in self.targets
         )
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(rows, tokens of the longest) in a batch."""
+        longest = max(len(t.ids) for t in self.targets)
+        return (1, longest - 1) if self.single else (len(self.targets), longest)
+
 
 @dataclass(frozen=True)
 class CandidateScorer:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from zotune.errors import BadInput
 
 
-class Behind(DynamicLayer):  # type: ignore[misc]
+class Behind(DynamicLayer):  # type: ignore[misc,no-untyped-call]
     """One layer's keys and values for rows that begin with what fewer rows have computed.
 
     The rows of a forward are copies x units x k, those of the forward before it copies x units.
@@ -22,7 +22,7 @@ class Behind(DynamicLayer):  # type: ignore[misc]
     """
 
     def __init__(self, before: Any, rows_before: int, rows: int, copies: int, keep: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype, self.device = before.dtype, before.device
         self.keys, self.values, self.is_initialized = before.keys, before.values, True
         self.rows_before, self.rows, self.copies, self.keep = rows_before, rows, copies, keep
@@ -31,6 +31,8 @@ class Behind(DynamicLayer):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Those of the shared tokens in front; kept only where another forward will ask."""
+        assert self.keys is not None
+        assert self.values is not None
         keys = torch.cat([self._each(self.keys, len(key_states)), key_states], dim=-2)
         values = torch.cat([self._each(self.values, len(value_states)), value_states], dim=-2)
         if self.keep:

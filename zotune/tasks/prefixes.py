@@ -123,7 +123,8 @@ def _behind(ids: Tensor, mask: Tensor, starts: Tensor | int) -> tuple[Tensor, Te
 
 
 def _run(module: nn.Module, ids: Tensor, mask: Tensor, start: Tensor | int, cache: Any) -> Any:
-    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) + start
+    # One row of positions per row of tokens: a layer that looks them up may be tuned.
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape) + start
     return module(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
         use_cache=True,

@@ -36,6 +36,11 @@ class Target:
         if min(self.scored) < 1:
             raise BadInput("the first token has nothing before it and cannot be scored; use bos")
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(rows, tokens of the longest) in a batch."""
+        return 1, len(self.ids)
+
 
 def answer_target(prompt: list[int], answer: list[int]) -> Target:
     """The answer's tokens, scored behind the prompt (from the second on when it is empty)."""
