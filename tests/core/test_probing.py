@@ -131,7 +131,9 @@ def test_low_rank_adapters(
     rank = min(3, width)
     module = filled_(adapter.LowRank(torch.zeros(rank, width), torch.zeros(out, rank), scaling))
     blocks = float_blocks(module, tuned)
-    view = View(probes, examples, law, [first + b for b in range(examples)], len(probes) * examples * k)
+    view = View(
+        probes, examples, law, [first + b for b in range(examples)], len(probes) * examples * k
+    )
     x = inputs(view.rows, tokens, width, dtype, 1)
     truth = alone(module, blocks, view, x)
     assert close(fast(module, blocks, view, x), truth)
@@ -155,7 +157,9 @@ def test_linear_layers(
     examples, k, tokens, width, out = shape
     module = filled_(nn.Linear(width, out, bias=bias or "bias" in tuned)).to(dtype)
     blocks = float_blocks(module, tuned)
-    view = View(probes, examples, law, [first + b for b in range(examples)], len(probes) * examples * k)
+    view = View(
+        probes, examples, law, [first + b for b in range(examples)], len(probes) * examples * k
+    )
     x = inputs(view.rows, tokens, width, dtype, 1)
     truth = alone(module, blocks, view, x)
     assert close(fast(module, blocks, view, x), truth)

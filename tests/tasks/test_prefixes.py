@@ -1,8 +1,11 @@
-"""Tokens that rows share run once, and nothing else changes. Run: pytest tests/tasks/test_prefixes.py"""
+"""Tokens that rows share run once, and nothing else changes.
+
+Run: pytest tests/tasks/test_prefixes.py
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -51,8 +54,8 @@ def _free_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Iterator[Any]:
-    yield tiny.make_tokenizer()
+def tokenizer() -> Any:
+    return tiny.make_tokenizer()
 
 
 def tasks() -> dict[str, Task]:
@@ -161,7 +164,9 @@ texts = st.lists(st.integers(1, 5), min_size=1, max_size=7)
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     front=st.lists(st.integers(1, 5), max_size=6),
-    examples=st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=3),
+    examples=st.lists(
+        st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=3
+    ),
     copies=st.integers(1, 3),
     forward=st.integers(-50, 5),
 )
@@ -180,7 +185,7 @@ def test_any_rows_give_the_same_logprobs(
             if len(ids) < 2:
                 return
     batch = Batch(stack_targets(targets, 0), len(examples)).repeat(copies)
-    prefixes.FORWARD = forward
+    prefixes.FORWARD = forward  # set back by the fixture
     scorer = CausalScorer(split=True, cached=True)
     shared = replace(batch, narrow=Narrow(lambda _: nullcontext()))
     with torch.no_grad():

@@ -58,9 +58,7 @@ def stacked(piece: Batch, stack: int | None, room: int | None) -> int | None:
     return fitting if stack is None else min(stack, fitting)
 
 
-def in_order(
-    losses: Tensor, weights: Tensor, pieces: Sequence[Batch]
-) -> tuple[Tensor, Tensor]:
+def in_order(losses: Tensor, weights: Tensor, pieces: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """(probes, examples) and (examples,) of all pieces in the order of the whole batch."""
     places = [p for piece in pieces for p in (piece.places or range(piece.size))]
     if len(places) != losses.shape[1]:  # one number per piece

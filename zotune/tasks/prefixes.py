@@ -79,9 +79,7 @@ def _shared(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
     return torch.minimum(same.all(1).long().cumprod(1).sum(1), positions.amin(1))
 
 
-def states(
-    body: nn.Module, last: nn.Module, batch: Batch, found: Plan
-) -> tuple[Any, Tensor | int]:
+def states(body: nn.Module, last: nn.Module, batch: Batch, found: Plan) -> tuple[Any, Tensor | int]:
     """(the output of `last` for the rest of each row, where each row's rest begins).
 
     body: the model without its output layer, for what only keys and values are wanted of.

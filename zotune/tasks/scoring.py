@@ -128,7 +128,7 @@ class CausalScorer:
         )
         body, head = parts if self.split and parts is not None else (model, nn.Identity())
         if self.cached and parts is not None and not prefixes.windowed(model, ids.shape[1]):
-            wanted = batch["target_mask"] if "target_mask" in batch else None
+            wanted = batch.tensors.get("target_mask")
             found = prefixes.plan(batch, positions, wanted, forward)
             if found.shares:
                 out, starts = prefixes.states(parts[0], body, batch, found)

@@ -20,7 +20,7 @@ from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
 from zotune.training import privacy, sizing
 from zotune.training.augmentation import parse_augment
-from zotune.training.batches import AbstractBatches, Batches, PoissonBatches, spread, together
+from zotune.training.batches import Batches, PoissonBatches, spread
 from zotune.training.config import TrainConfig
 from zotune.training.folders import all_tensors
 from zotune.training.freezing.freezing import Freezing
@@ -76,15 +76,9 @@ class Bench:
             return None
         return privacy.spent(mechanism, len(batches.examples), steps, batches.together)
 
-    def batch(self, step: int, batches: AbstractBatches) -> Batch | Sequence[Batch]:
-        """What a step is measured on: its batch, or from there on as many as its method wants.
-
-        batches: the run's own, or those that bring their cached features along.
-        """
-        count = 1 if isinstance(self.method, Backprop) else self.method.at(step).batches
-        if count == 1:
-            return batches[step]
-        return together([batches[step + k] for k in range(count)], batches.size)
+    def count(self, step: int) -> int:
+        """How many batches a step is measured on, from its own one on."""
+        return 1 if isinstance(self.method, Backprop) else self.method.at(step).batches
 
     @property
     def coefficients(self) -> int:
@@ -111,6 +105,7 @@ def assemble(
     task = task or open_task(config)
     train_split(task)
     privacy.check(method, task, config)
+    sizing.check(config, task, method)
     loaded = open_model(config, model)
     base = fingerprint(loaded.model)
     if journal is not None:

@@ -9,8 +9,10 @@ import torch
 from zotune.core.backprop import BackpropTuner
 from zotune.core.evaluator import TorchEvaluator
 from zotune.core.fitting import fitted, trial_of
+from zotune.core.method import Method
 from zotune.core.step import Tuner
 from zotune.errors import BadInput
+from zotune.methods import AnyMethod
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
 from zotune.training.config import TrainConfig
@@ -19,17 +21,24 @@ from zotune.training.memory import free_bytes
 log = logging.getLogger("zotune")
 
 
-def check(config: TrainConfig, task: Task) -> None:
-    """Refuse to cut what is measured as a whole.
+def check(config: TrainConfig, task: Task, method: AnyMethod) -> None:
+    """Refuse pieces of like length where a step is more than the sum of its examples.
 
     Raises:
-        BadInput: one number per batch, and pieces were asked for.
+        BadInput: one number per batch, directions from padded activations, or cached features.
     """
-    if not task.per_example and config.micro_batch_tokens:
-        raise BadInput(
-            f"task {task.name!r} with this objective gives one number per batch, which pieces "
-            "would change; drop micro_batch_tokens"
-        )
+    if not config.micro_batch_tokens:
+        return
+    stages = method.stages if isinstance(method, Method) else ()
+    if not task.per_example:
+        why = f"task {task.name!r} with this objective gives one number per batch"
+    elif any(stage.perturbation.observes for stage in stages):
+        why = f"{method.name} takes its directions from activations, padding included"
+    elif config.cache_dir is not None:
+        why = "features are cached for whole batches"
+    else:
+        return
+    raise BadInput(f"{why}, which pieces of like length would change; drop micro_batch_tokens")
 
 
 def room(config: TrainConfig, task: Task, tuner: Tuner | BackpropTuner, batch: Batch) -> int | None:
