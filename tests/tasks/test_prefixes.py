@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zotune.core import spaces
 from zotune.core.evaluator import TorchEvaluator
+from zotune.core.meter import Meter
 from zotune.core.noise import Key
 from zotune.core.perturbation import Gaussian
 from zotune.core.probe import Probe
@@ -213,3 +214,88 @@ def test_rows_padded_on_the_left_run_whole() -> None:
         {"input_ids": ids, "attention_mask": mask}, 2, narrow=Narrow(lambda _: nullcontext())
     )
     assert not prefixes.plan(batch, torch.tensor([[3], [3]]), None).shares
+
+
+# ---- logits --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("space", ["norms", "head", "head(exact=True) + norms", "lora"])
+def test_label_words_of_one_token_need_only_their_rows_of_the_output_layer(
+    name: str, space: str, tokenizer: Any
+) -> None:
+    """Where the output layer is tuned itself all of it is multiplied, at one place per row."""
+    task = tasks()["words of one token"]
+    model = task.prepare(MODELS[name](tokenizer)).requires_grad_(False)
+    if "exact" in space and name != "llama":  # a head that shares the embedding has no exact part
+        return
+    built = spaces.parse(space).build(model)
+    built.bind_(0.1, 1.0, "relative")
+    evaluator = TorchEvaluator(model, built, task.losses)
+    batch = task.batch(task.split("train"))
+    evaluator.losses(probes(False), batch, Gaussian())  # compiles what there is to compile
+    with Meter() as meter:
+        found = evaluator.losses(probes(False), batch, Gaussian())
+    scorer, rows = CausalScorer.probe(model), 4 * batch.size
+    whole: list[Tensor] = []
+
+    def plain(module: nn.Module, here: Batch) -> tuple[Tensor, Tensor]:
+        logits = scorer.logits(module, here).squeeze(1)
+        scores = logits.gather(-1, here["candidate_ids"])
+        whole.append(logits)
+        loss = nn.functional.cross_entropy(scores, here["label"], reduction="none")
+        return loss, torch.ones_like(loss)
+
+    truth = TorchEvaluator(model, built, plain).losses(probes(False), batch, Gaussian())
+    torch.testing.assert_close(found.per_example, truth.per_example, rtol=1e-5, atol=1e-5)
+    for block, g in truth.exact.items():
+        torch.testing.assert_close(found.exact[block], g, rtol=1e-4, atol=1e-6)
+    assert whole[0].shape == (rows, len(tokenizer))
+    if space == "norms":
+        assert not [n for n in meter.sizes if n == rows * len(tokenizer)]
+
+
+def test_no_piece_of_logits_is_larger_than_it_may_be(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    from zotune.tasks import scoring
+
+    rows, vocabulary = 3, len(tokenizer)
+    for title in ("sft", "words of several tokens", "choice"):
+        task = tasks()[title]
+        model = task.prepare(tiny.llama(tokenizer)).requires_grad_(False)
+        batch = task.batch(task.split("train"))
+        rows = len(batch["input_ids"])
+        with torch.no_grad():
+            plain, _ = task.losses(model, batch)
+        monkeypatch.setattr(scoring, "MAX_LOGITS", 2 * rows * vocabulary)
+        with torch.no_grad(), Meter() as meter:
+            found, _ = task.losses(model, batch)
+        torch.testing.assert_close(found, plain)
+        assert batch["target_positions"].shape[1] > 2
+        logits = [n for n in meter.sizes if n % vocabulary == 0]  # a prime
+        assert 0 < max(logits) <= 2 * rows * vocabulary
+        monkeypatch.undo()
+
+
+def test_models_that_scale_their_logits_make_only_those_that_are_wanted(tokenizer: Any) -> None:
+    """Their output layer is not all there is behind the body, so the model itself is asked."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0,
+    )  # fmt: skip
+    loaded = tiny.loaded(tiny.fill_(Gemma2ForCausalLM(config)), tokenizer, "causal")
+    task = tasks()["words of one token"]
+    model = task.prepare(loaded)
+    batch = task.batch(task.split("train"))
+    scorer = CausalScorer.probe(model)
+    assert not scorer.split
+    rows, length = batch["input_ids"].shape
+    with torch.no_grad(), Meter() as meter:
+        found = scorer.label_logits(model, batch)
+        whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    last = whole[torch.arange(rows), batch["target_positions"].squeeze(1)]
+    torch.testing.assert_close(found, last.gather(-1, batch["candidate_ids"]))
+    assert meter.sizes.count(rows * length * len(tokenizer)) == meter.sizes.count(whole.numel())

@@ -14,18 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations make, until they are freed; `peak` bytes at most.
 
-    What a kernel takes and gives back inside of itself is not seen. `largest` is the most numbers
-    that one result holds.
+    What a kernel takes and gives back inside of itself is not seen. `sizes` are the numbers of
+    elements of all results.
 
     >>> with Meter() as meter:
     ...     x = torch.ones(1000) + 1
-    >>> meter.peak, meter.largest
-    (8000, 1000)
+    >>> meter.peak, meter.sizes
+    (8000, [1000, 1000])
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = self.largest = 0
+        self.live = self.peak = 0
+        self.sizes: list[int] = []
         self._seen: dict[int, Any] = {}
 
     def __torch_dispatch__(
@@ -43,7 +44,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size = storage.nbytes()
         self._seen[id(storage)] = weakref.finalize(storage, self._gone, id(storage), size)
         self.live += size
-        self.peak, self.largest = max(self.peak, self.live), max(self.largest, numbers)
+        self.peak = max(self.peak, self.live)
+        self.sizes.append(numbers)
 
     def _gone(self, number: int, size: int) -> None:
         self._seen.pop(number, None)

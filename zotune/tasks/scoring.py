@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -133,7 +134,18 @@ class CausalScorer:
             if found.shares:
                 out, starts = prefixes.states(parts[0], body, batch, found)
                 return _first(out), head, (positions - starts).clamp_min(0)
-        return _first(body(input_ids=ids, attention_mask=mask, use_cache=False)), head, positions
+        kept, positions = _kept(body, positions)
+        out = body(input_ids=ids, attention_mask=mask, use_cache=False, **kept)
+        return _first(out), head, positions
+
+
+def _kept(body: nn.Module, positions: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Lets a model with its own output layer make logits at the wanted places alone; and where
+    these are then."""
+    if "logits_to_keep" not in inspect.signature(body.forward).parameters:
+        return {}, positions
+    places, index = positions.unique(return_inverse=True)
+    return {"logits_to_keep": places}, index
 
 
 def _first(out: Any) -> Tensor:
@@ -166,7 +178,9 @@ def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
 def _plain(head: Any) -> bool:
     """Whether a layer is nothing but its weight: not probed, not wrapped, without an adapter."""
     hooks = head._forward_hooks or head._forward_pre_hooks
-    return type(head) is nn.Linear and not hooks and "forward" not in vars(head)
+    changed = vars(head).get("forward")
+    same = changed is None or getattr(changed, "own", None) == head.__class__.forward.__get__(head)
+    return type(head) is nn.Linear and not hooks and same
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
