@@ -168,7 +168,7 @@ def test_the_size_chosen_keeps_to_its_share_even_where_memory_bends(
         del held
         return numbers
 
-    found = fitted(trial, 10, 1000, free, CPU).numbers
+    found = fitted(trial, 10, 20, 1000, free, CPU).numbers
     assert found >= 10
     assert found == 10 or taken(min(found, 1000)) <= 0.7 * free
     if bend == 1.0 and 10 < found < 1000:

@@ -39,18 +39,18 @@ class Room:
         )
 
 
-def fitted(trial: Trial, least: int, most: int, free: int, device: torch.device) -> Room:
+def fitted(trial: Trial, least: int, few: int, most: int, free: int, device: torch.device) -> Room:
     """The largest size from `least` on whose forward keeps to its share; tried up to `most`, which
-    is what a step wants.
+    is what a step wants. The line begins at `few` numbers: all probes, of one example.
 
     >>> def trial(numbers):
     ...     held = torch.ones(numbers) + 1
     ...     return numbers
-    >>> fitted(trial, 10, 1000, free=4000, device=torch.device("cpu")).numbers
+    >>> fitted(trial, 10, 20, 1000, free=4000, device=torch.device("cpu")).numbers
     350
     """
     budget = SHARE * free
-    (few, low), (more, high) = (_measured(trial, n, device) for n in (least, 2 * least))
+    (few, low), (more, high) = (_measured(trial, n, device) for n in (few, min(4 * few, most)))
     each = max(0.0, (high - low) / max(1, more - few)) if more > few else low / max(1, few)
     fixed = max(0.0, low - each * few)
     numbers = max(least, int((budget - fixed) / each) if each else most)

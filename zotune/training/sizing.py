@@ -58,8 +58,9 @@ def room(config: TrainConfig, task: Task, tuner: Tuner | BackpropTuner, batch: B
         elif probes:
             evaluator.losses(probes[:count], part, tuner.now.perturbation)
 
+    each = batch.numbers // batch.size
     found = fitted(
-        trial_of(run, batch, together), batch.numbers // batch.size, together * batch.numbers,
+        trial_of(run, batch, together), each, together * each, together * batch.numbers,
         free_bytes(config.device), torch.device(config.device),
     )  # fmt: skip
     evaluator.forwards = 0
