@@ -24,7 +24,7 @@ from zotune.core.spaces import Biases, Codes, Scales, Zeros
 from zotune.errors import ZotuneError
 from zotune.models import adapter
 from zotune.quant import QuantLinear, Scheme, kernels
-from zotune.quant.kernels import cpu
+from zotune.quant.kernels import rounded
 
 # Largest difference over largest value: the rounding of the dtype, a few operations deep.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -88,7 +88,7 @@ def alone(module: nn.Module, blocks: Sequence[Block], view: View, x: Tensor) -> 
     for piece, (probe, lane) in zip(pieces, parts, strict=True):
         one = copy.deepcopy(module)
         for block in blocks:
-            key = probe.key if lane is None else view.lane_key(probe, lane)
+            key = probe.key if lane is None else probe.key.fold(lane=view.first + lane)
             value = block.at(view.perturbation.draw(key, block), probe.step)
             value = value if probe.step else block.value()
             for table in (one._parameters, one._buffers):
@@ -131,9 +131,7 @@ def test_low_rank_adapters(
     rank = min(3, width)
     module = filled_(adapter.LowRank(torch.zeros(rank, width), torch.zeros(out, rank), scaling))
     blocks = float_blocks(module, tuned)
-    view = View(
-        probes, examples, law, [first + b for b in range(examples)], len(probes) * examples * k
-    )
+    view = View(probes, examples, law, first, len(probes) * examples * k)
     x = inputs(view.rows, tokens, width, dtype, 1)
     truth = alone(module, blocks, view, x)
     assert close(fast(module, blocks, view, x), truth)
@@ -157,9 +155,7 @@ def test_linear_layers(
     examples, k, tokens, width, out = shape
     module = filled_(nn.Linear(width, out, bias=bias or "bias" in tuned)).to(dtype)
     blocks = float_blocks(module, tuned)
-    view = View(
-        probes, examples, law, [first + b for b in range(examples)], len(probes) * examples * k
-    )
+    view = View(probes, examples, law, first, len(probes) * examples * k)
     x = inputs(view.rows, tokens, width, dtype, 1)
     truth = alone(module, blocks, view, x)
     assert close(fast(module, blocks, view, x), truth)
@@ -351,12 +347,12 @@ def test_inputs_of_all_parts_are_quantized_once(
 ) -> None:
     rows: list[int] = []
 
-    def counted(x: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(x: Tensor, groups: int) -> rounded.Rows:
         rows.append(len(x))
-        return quantize_rows(x)
+        return round_rows(x, groups)
 
-    quantize_rows = cpu.quantize_rows
-    monkeypatch.setattr(cpu, "quantize_rows", counted)
+    round_rows = rounded.round_rows
+    monkeypatch.setattr(rounded, "round_rows", counted)
     module = QuantLinear.from_linear(filled_(nn.Linear(6, 5)), Scheme.parse(scheme))  # type: ignore[arg-type]
     built = Codes().build(nn.Sequential(module))
     built.bind_(1.0, 1.0, "relative")

@@ -162,7 +162,7 @@ class TorchEvaluator(Evaluator):
         self.running = len(probes), batch
         stacked = batch.repeat(len(probes))
         rows = max(len(t) for t in stacked.tensors.values())
-        view = View(probes, batch.size, perturbation, batch.places, rows)
+        view = View(probes, batch.size, perturbation, rows=rows, places=batch.places)
         if self.narrow and not perturbation.observes:
             least = batch.size if view.lanes else 1
             stacked = replace(stacked, narrow=Narrow(view.narrowed, least))

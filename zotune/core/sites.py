@@ -43,16 +43,18 @@ class Part:
 class View:
     """What one stacked evaluation looks like from inside a site.
 
-    The stacked batch has `rows` = len(probes) x examples x k rows, probe-major; `places` are the
-    examples' numbers in the whole batch (pieces of it keep each example's direction).
+    The stacked batch has `rows` = len(probes) x examples x k rows, probe-major. A piece of a batch
+    keeps each example's direction: `first` is the number of its first example in the whole batch,
+    or `places` are the numbers of all, where they do not run on.
     """
 
     probes: Sequence[Probe]
     examples: int
     perturbation: Perturbation
-    places: Sequence[int] | None = None
+    first: int = 0
     rows: int = 0
     focus: Part | None = None
+    places: Sequence[int] | None = None
     visited: set[str] = field(default_factory=set)
     _scratch: dict[Any, Tensor] = field(default_factory=dict)
 
@@ -71,7 +73,8 @@ class View:
 
     def lane_key(self, probe: Probe, lane: int) -> Key:
         """The key of one example's own direction."""
-        return probe.key.fold(lane=lane if self.places is None else self.places[lane])
+        number = self.first + lane if self.places is None else self.places[lane]
+        return probe.key.fold(lane=number)
 
     def direction(self, block: Block, probe: Probe, lane: int | None) -> Tensor:
         """u of one probe, kept while the site is being computed: +eps and -eps share it."""
