@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py
 
-Peaks are those of `benchmarks.step --measure`, each in a process of its own. The long runs go
+Peaks are those of `benchmarks.step --measure`, each in a process of its own; they hold compiled
+kernels, which are loaded once. Beside them stands what lives of tensors alone. The long runs go
 through `zotune train` with its journal, metrics and snapshots, on batches of changing length.
 """
 
@@ -23,13 +24,15 @@ if not __package__:
 import torch
 
 from benchmarks import process
-from benchmarks.contenders import INT4, INT8, minilm
+from benchmarks.contenders import INT4, INT8, Prepared, Setup, minilm
 from benchmarks.harness import Row, begin, parser, report
 from benchmarks.step import peaks_of
+from zotune.core.meter import peak_of
 
 EVALUATION = {"mezo fp32": "two forwards fp32", "qzo int4": "two forwards int4",
               "zoqo int8": "two forwards int8"}  # fmt: skip
 OVER_EVALUATION = 1.15
+TENSORS = 1.03
 GROWTH = 2.0  # per cent
 RUNS: dict[str, dict[str, Any]] = {
     "qzo int4": {"method": "qzo", "space": "scales", "scheme": INT4},
@@ -58,6 +61,7 @@ def main(words: Sequence[str] | None = None) -> None:
     ]
     peaks, failures = peaks_of(names, given)
     rows = [row for name in given.only for row in peak_rows(name, peaks)]
+    rows += [row for name in given.only for row in tensor_rows(name, given)]
     rows.append(Row("compiled kernels of the noise, once per process", kernels() / 1e6, "MB"))
     runs: dict[str, list[int]] = {}
     for name in given.only:
@@ -79,6 +83,30 @@ def peak_rows(name: str, peaks: dict[str, dict[str, int]]) -> list[Row]:
         words = None if base is None else f"evaluating the batch: {base['peak'] / 1e6:,.0f} MB"
         rows.append(Row(f"{contender}: peak / evaluation", ratio, "x", words, OVER_EVALUATION))
     return rows
+
+
+def tensor_rows(name: str, given: argparse.Namespace) -> list[Row]:
+    """The model and what lives beside it in a step, over the same in an evaluation."""
+    how = RUNS[name]
+    prepared = Setup(given.model or minilm(), given.batch, given.length).prepared(how.get("scheme"))
+    held = [*prepared.model.parameters(), *prepared.model.buffers()]
+    model = sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in held}.values())
+    plain = model + peak_of(prepared.evaluate, torch.device("cpu"))
+    base = f"evaluating the batch: {plain / 1e6:,.1f} MB of tensors"
+    rows = []
+    for words, stack, target in ((", one probe at a time", 1, TENSORS), ("", None, None)):
+        peak = model + step_peak(prepared, how, stack)
+        label = f"{name}{words}: tensors of a step / evaluation"
+        rows.append(Row(label, peak / plain, "x", base, target))
+    return rows
+
+
+def step_peak(prepared: Prepared, how: dict[str, Any], stack: int | None) -> int:
+    """Most bytes of tensors in a step, from the building of the space on."""
+    return peak_of(
+        lambda: prepared.tuner(how["method"], how["space"], stack).step(prepared.batch),
+        torch.device("cpu"),
+    )
 
 
 def kernels() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ def test_pieces_in_any_order_give_the_losses_of_the_whole_batch(
     model, whole = small(), batch(6)
     edges = [0, *sorted(cuts), 6]
     pieces = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         places = order[start:stop]
         rows = {name: t[places] for name, t in whole.tensors.items()}
         pieces.append(Batch(rows, len(places), places=tuple(places)))

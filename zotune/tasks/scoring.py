@@ -144,7 +144,7 @@ def _kept(body: nn.Module, positions: Tensor) -> tuple[dict[str, Tensor], Tensor
     these are then."""
     if "logits_to_keep" not in inspect.signature(body.forward).parameters:
         return {}, positions
-    places, index = positions.unique(return_inverse=True)
+    places, index = torch.unique(positions, return_inverse=True)
     return {"logits_to_keep": places}, index
 
 

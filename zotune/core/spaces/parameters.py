@@ -63,7 +63,7 @@ def blocks_of(
 def rms(tensor: Tensor) -> float:
     """Root mean square, with a floor for tensors of zeros."""
     if tensor.numel() > _LARGE:
-        parts = tensor.detach().flatten().split(_LARGE)
+        parts = torch.split(tensor.detach().flatten(), _LARGE)
         total = sum(float(part.float().square().sum(dtype=torch.float64)) for part in parts)
         return math.sqrt(total / tensor.numel()) or _ZERO_UNIT
     value = float(tensor.detach().float().square().mean().sqrt()) if tensor.numel() else 0.0
