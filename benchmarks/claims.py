@@ -30,9 +30,9 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import machine
 from benchmarks.frontier import DATA, HEAD, Contender, Outcome, Problem, run, searched
 from benchmarks.harness import Row, begin, earlier, parser, report
+from zotune.bench import machine
 
 CLAIMS = {"kerzoo": (0.56, "-44 to -74 % GPU hours"), "dizo": (0.52, "up to -48 % GPU hours")}
 """Share of MeZO's cost that is claimed at the most, and the claim."""

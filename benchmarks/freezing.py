@@ -24,8 +24,8 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import resnet20
-from benchmarks.contenders import minilm
 from benchmarks.harness import Row, begin, interleave, parser, report
+from zotune.bench.models import MINILM
 from zotune.training import TrainConfig, train
 from zotune.training.assemble import assemble
 
@@ -93,7 +93,7 @@ def stepper(
     """One training step after another, on batches of 16 tickets of at most 48 tokens."""
     targets = f"(rank=1, targets='{UPPER}')" if frozen else "(rank=1)"
     config = TrainConfig(
-        model_name_or_path=given.model or minilm(), scheme="int4-g64", task="tickets",
+        model_name_or_path=given.model or MINILM, scheme="int4-g64", task="tickets",
         output_dir=str(folder / "run"), method=method, space=f"adapter{targets} + head",
         max_steps=10_000, max_length=48, show_progress=False, max_eval_samples=8,
         task_options={"train_size": 128},
@@ -140,7 +140,7 @@ def text(given: argparse.Namespace) -> None:
 def text_run(given: argparse.Namespace, folder: Path, codec: str, seed: int) -> tuple[float, int]:
     """Adapters above two thirds and the head, by backprop: accuracy on test, bytes of features."""
     config = TrainConfig(
-        model_name_or_path=given.model or minilm(), output_dir=str(folder / "run"), seed=seed,
+        model_name_or_path=given.model or MINILM, output_dir=str(folder / "run"), seed=seed,
         task_options={"train_size": given.train_size}, method="adamw", learning_rate=3e-3,
         lr_scheduler_type="linear", space=f"adapter(rank=4, targets='{UPPER}') + head",
         max_steps=given.text_steps, freeze=f"{SHARE}@0", cache_dir=str(folder / "cache"),

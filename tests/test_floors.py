@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "zotune"
 # From the top floor to the ground.
-FLOORS = ["cli", "attacks", "training", "methods", "core", "tasks", "models", "quant", "errors"]
+FLOORS = ["cli", "bench", "attacks", "training", "methods", "core", "tasks", "models", "quant",
+          "allocator", "errors"]  # fmt: skip
 OUTSIDE = {"__init__", "__main__"}  # the face and the entry point stand before the house
 MODULES = sorted(p for p in ROOT.rglob("*.py"))
 

@@ -1,4 +1,5 @@
-"""Every benchmark runs at tiny settings and writes rows of the schema. Nothing is timed here."""
+"""Every script of benchmarks/ runs at tiny settings and writes rows of the schema. Nothing is timed
+here; what `zotune bench` measures is tested in test_bench.py."""
 
 from __future__ import annotations
 
@@ -10,107 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from schema import conforms
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = json.loads((ROOT / "benchmarks/results/schema.json").read_text())
-KINDS: dict[str, type] = {
-    "string": str,
-    "null": type(None),
-    "object": dict,
-    "array": list,
-    "boolean": bool,
-}
-STEP = ["--rounds", "2", "--calls", "1", "--warmup", "1", "--batch", "2", "--length", "8"]
-
-
-def conforms(value: Any, schema: dict[str, Any], where: str = "result") -> None:
-    """The part of JSON Schema that results/schema.json uses."""
-    kinds = schema.get("type", [])
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    right = any(numeric if k == "number" else isinstance(value, KINDS[k]) for k in kinds)
-    assert right, f"{where} is {value!r}; want {kinds}"
-    if isinstance(value, dict):
-        assert set(schema.get("required", ())) <= set(value), where
-        known = schema.get("properties", {})
-        assert schema.get("additionalProperties", True) or set(value) <= set(known), where
-        for key in set(known) & set(value):
-            conforms(value[key], known[key], f"{where}.{key}")
-    if isinstance(value, list):
-        assert len(value) >= schema.get("minItems", 0), where
-        for i, item in enumerate(value):
-            conforms(item, schema.get("items", {}), f"{where}[{i}]")
 
 
 def ran(name: str, out: Path, *words: str) -> dict[str, Any]:
     """The result file of one benchmark's main function."""
     import_module(f"benchmarks.{name}").main(["--threads", "1", "--out", str(out), *words])
     found: dict[str, Any] = json.loads((out / f"{name}.json").read_text())
-    conforms(found, SCHEMA)
+    conforms(found)
     assert found["benchmark"] == name
     return found
 
 
 def names(found: dict[str, Any]) -> list[str]:
     return [row["name"] for row in found["rows"]]
-
-
-def test_step_times_every_contender_and_judges_the_targets(encoder: str, tmp_path: Path) -> None:
-    step = import_module("benchmarks.step")
-    found = ran("step", tmp_path, "--model", encoder, *STEP, "--memory_steps", "0")
-    assert {f"{name}, seconds" for name in {**step.STEPS, **step.FORWARDS}} <= set(names(found))
-    judged = {row["name"]: row["met"] for row in found["rows"] if row["target"] is not None}
-    assert len(judged) == 6
-    assert None not in judged.values()
-    assert all(len(s) == 2 for s in found["details"]["seconds_per_round"].values())
-
-
-def test_step_measures_memory_in_processes_of_their_own(encoder: str, tmp_path: Path) -> None:
-    words = ["--model", encoder, *STEP, "--memory_steps", "1", "--only", "qzo int4"]
-    found = ran("step", tmp_path, *words)
-    assert found["details"]["failures"] == {}
-    memory = found["details"]["memory"]["qzo int4"]
-    assert 0 < memory["before_model"] < memory["model_loaded"] <= memory["peak"]
-
-
-def test_a_process_that_fails_says_why() -> None:
-    process = import_module("benchmarks.process")
-    with pytest.raises(RuntimeError, match=r"No module named benchmarks\.nothing"):
-        process.measured_apart("benchmarks.nothing", [], timeout=60)
-
-
-def test_a_contender_that_fails_is_a_row_that_is_missed(tmp_path: Path, monkeypatch: Any) -> None:
-    process = import_module("benchmarks.process")
-
-    def fails(*words: Any, **options: Any) -> Any:
-        raise RuntimeError("no memory left")
-
-    monkeypatch.setattr(process, "measured_apart", fails)
-    found = ran("memory", tmp_path, "--only", "qzo int4")
-    assert found["details"]["failures"]
-    assert [r["met"] for r in found["rows"] if r["target"] is not None] == [False] * 3
-
-
-def test_noise_compares_every_size_with_torch(
-    encoder: str, tmp_path: Path, monkeypatch: Any
-) -> None:
-    noise = import_module("benchmarks.noise")
-    monkeypatch.setattr(noise, "AT_LEAST", 1)
-    found = ran("noise", tmp_path, "--model", encoder, "--rounds", "2", "--warmup", "1")
-    assert "all blocks: gaussian draw" in names(found)
-    assert all(row["value"] > 0 for row in found["rows"])
-
-
-def test_memory_follows_a_run_of_the_training_loop(encoder: str, tmp_path: Path) -> None:
-    memory = import_module("benchmarks.memory")
-    options = memory.options(
-        ["--model", encoder, "--steps", "20", "--length", "8", "--threads", "1"]
-    )
-    seen = memory.long_run("qzo int4", options)
-    assert len(seen) == 20
-    assert min(seen) > 1e6
-    (row,) = memory.growth_rows("qzo int4", [100] * 90 + [103] * 10, 5000)
-    assert (round(row.value, 6), row.met) == (3.0, False)
 
 
 def test_learning_repeats_the_demo_and_its_baselines(encoder: str, tmp_path: Path) -> None:
@@ -136,30 +52,6 @@ def test_a_benchmark_runs_as_a_file_and_as_a_module() -> None:
         assert "--threads" in found.stdout
 
 
-def test_the_restated_step_is_mezo(encoder: str) -> None:
-    """Its four sweeps leave the weights where one merged update would: theta - lr c u."""
-    import torch
-
-    from benchmarks.restated import MeZO
-
-    layer = torch.nn.Linear(4, 3).requires_grad_(False)
-    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
-    step = MeZO(layer, lambda: layer(x).square().mean(), lr=0.1, eps=1e-3)
-    generator = torch.Generator().manual_seed(0)
-    u = {n: torch.randn(p.shape, generator=generator) for n, p in layer.named_parameters()}
-    start = {n: p.clone() for n, p in layer.named_parameters()}
-
-    def loss(sign: int) -> float:
-        w, b = (start[n] + sign * 1e-3 * u[n] for n in ("weight", "bias"))
-        return float((x @ w.T + b).square().mean())
-
-    slope = (loss(1) - loss(-1)) / 2e-3
-    step.step()
-    for name, parameter in layer.named_parameters():
-        wanted = start[name] - 0.1 * slope * u[name]
-        assert torch.allclose(parameter, wanted, atol=2e-4), name
-
-
 def test_attack_asks_every_contender_on_the_same_images(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="task digits needs scikit-learn")
     words = {"images": 3, "queries": 8, "seeds": 2, "epochs": 1, "timed": 4}
@@ -167,9 +59,9 @@ def test_attack_asks_every_contender_on_the_same_images(tmp_path: Path) -> None:
     attack = import_module("benchmarks.attack")
     where = ["--only", "digits", "speed", "--threads", "1", "--out", str(tmp_path)]
     attack.main([*where, *flags, "--peers"])
-    conforms(json.loads((tmp_path / "attack-speed.json").read_text()), SCHEMA)
+    conforms(json.loads((tmp_path / "attack-speed.json").read_text()))
     found = json.loads((tmp_path / "attack-digits.json").read_text())
-    conforms(found, SCHEMA)
+    conforms(found)
     for contender in attack.OURS:
         assert sum(f": {contender}, success" in name for name in names(found)) == 1
     rates = [row["value"] for row in found["rows"] if row["name"].endswith("success")]
@@ -212,7 +104,7 @@ def test_claims_count_forwards_to_where_mezo_ended_and_keep_what_was_measured(
     for task in ("shakespeare", "wikitext2"):
         claims.main([*words, task])
     found = json.loads((tmp_path / "claims-speed.json").read_text())
-    conforms(found, SCHEMA)
+    conforms(found)
     rows = {r["name"]: r for r in found["rows"]}
     for task in ("shakespeare", "wikitext2"):
         kerzoo = rows[f"kerzoo, {task}: forwards to mezo's last dev metric"]
@@ -250,7 +142,7 @@ def test_a_run_of_some_contenders_keeps_the_others_rows_and_their_commit(
     monkeypatch.setattr(frontier.machine, "commit", lambda: "second")
     frontier.main([*words, "--only", "jaguar", "subzero"])
     found = json.loads((tmp_path / "frontier-shakespeare.json").read_text())
-    conforms(found, SCHEMA)
+    conforms(found)
     commits = {k.split("(")[0]: e["commit"] for k, e in found["details"]["contenders"].items()}
     assert commits == {"subzero": "second", "jaguar": "second", "zo-sign": "first"}
     assert len(found["rows"]) == 6

@@ -24,7 +24,7 @@ from zotune.core.spaces import Biases, Codes, Scales, Zeros
 from zotune.errors import ZotuneError
 from zotune.models import adapter
 from zotune.quant import QuantLinear, Scheme, kernels
-from zotune.quant.kernels import cpu
+from zotune.quant.kernels import rounded
 
 # Largest difference over largest value: the rounding of the dtype, a few operations deep.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -347,12 +347,12 @@ def test_inputs_of_all_parts_are_quantized_once(
 ) -> None:
     rows: list[int] = []
 
-    def counted(x: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(x: Tensor, groups: int) -> rounded.Rows:
         rows.append(len(x))
-        return quantize_rows(x)
+        return round_rows(x, groups)
 
-    quantize_rows = cpu.quantize_rows
-    monkeypatch.setattr(cpu, "quantize_rows", counted)
+    round_rows = rounded.round_rows
+    monkeypatch.setattr(rounded, "round_rows", counted)
     module = QuantLinear.from_linear(filled_(nn.Linear(6, 5)), Scheme.parse(scheme))  # type: ignore[arg-type]
     built = Codes().build(nn.Sequential(module))
     built.bind_(1.0, 1.0, "relative")

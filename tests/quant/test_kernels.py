@@ -12,7 +12,7 @@ from torch import Tensor
 from zotune.errors import BadInput
 from zotune.quant import kernels
 from zotune.quant.affine import dequantize, quantize
-from zotune.quant.kernels import cpu, reference
+from zotune.quant.kernels import cpu, reference, rounded
 from zotune.quant.packing import pack
 from zotune.quant.scheme import Scheme
 
@@ -130,7 +130,7 @@ def test_rows_are_quantized_alike_bit_for_bit(
     rows: int, columns: int, seed: int, spread: float
 ) -> None:
     x = inputs(rows, columns, seed=seed) * 10**spread
-    codes, scale = cpu.quantize_rows(x)
+    codes, scale = rounded.quantize_rows(x)
     expected, expected_scale = reference.quantize_rows(x)
     assert torch.equal(codes, expected)
     assert torch.equal(scale, expected_scale)
@@ -143,7 +143,7 @@ def test_odd_values_quantize_alike_and_bad_ones_reach_the_output(value: float) -
     x = inputs(3, 16)
     x[1] = 0.0
     x[1, 4] = value
-    for fast, slow in zip(cpu.quantize_rows(x), reference.quantize_rows(x), strict=True):
+    for fast, slow in zip(rounded.quantize_rows(x), reference.quantize_rows(x), strict=True):
         torch.testing.assert_close(fast, slow, rtol=0, atol=0, equal_nan=True)
     y = cpu.linear(x, **layer("int8-channel-a8", 4, 16))
     assert torch.isfinite(y[1]).all() == torch.isfinite(torch.tensor(value))

@@ -1,4 +1,4 @@
-"""The kernels' thread pool. Run: pytest tests/quant/test_threads.py"""
+"""The kernels' threads. Run: pytest tests/quant/test_threads.py"""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from zotune.quant.kernels import threads as team
 from zotune.quant.kernels.threads import parallel_ranges
+
+
+@pytest.fixture(params=["openmp", "pool"], autouse=True)
+def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every property holds on torch's threads, where it has any, and on the pool."""
+    if request.param == "pool":
+        monkeypatch.setattr(team, "_openmp", lambda: None)
+    elif team._openmp() is None:
+        pytest.skip("this torch does not run on GNU OpenMP")
 
 
 @pytest.fixture
@@ -18,6 +28,7 @@ def four_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(0, 50), grain=st.integers(0, 60), threads=st.integers(1, 5))
 def test_ranges_cover_everything_once(n: int, grain: int, threads: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

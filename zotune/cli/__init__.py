@@ -1,4 +1,4 @@
-"""The command line: train, eval, quantize, attack, replay, list, doctor.
+"""The command line: train, eval, quantize, attack, replay, bench, list, doctor.
 
 Signatures become flags and YAML keys through jsonargparse; nothing heavy is imported before a
 command runs.

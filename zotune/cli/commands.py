@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from zotune.attacks.config import AttackConfig
+from zotune.bench.settings import BenchConfig
 from zotune.errors import BadInput
 from zotune.training.config import TrainConfig
 from zotune.training.settings import EvalConfig
@@ -172,6 +173,20 @@ def names(what: Literal["methods", "spaces", "tasks", "formats"]) -> dict[str, A
     return {"what": what, what: LISTS[what]()}
 
 
+def benchmark(
+    config: BenchConfig, what: Literal["step", "noise", "memory", "roofline"]
+) -> dict[str, Any]:
+    """Measure steps, noise, memory or how near the machine's peaks they come.
+
+    Args:
+        config: what to measure and how.
+        what: the benchmark.
+    """
+    from zotune.bench.run import run
+
+    return run(what, config)
+
+
 def doctor() -> dict[str, Any]:
     """Say what this machine offers and what is wrong with it."""
     from zotune.cli.doctor import examine
@@ -201,6 +216,7 @@ COMMANDS: dict[str, tuple[Any, Any, str]] = {
     "quantize": (quantize_model, None, "Quantize a float model and save it."),
     "attack": (attack_model, AttackConfig, "Test a classifier of images by black-box attacks."),
     "replay": (replay_run, None, "Rebuild a tuned model from its base and its journal."),
+    "bench": (benchmark, BenchConfig, "Measure steps, noise, memory and the machine's peaks."),
     "list": (names, None, "List methods, spaces, tasks or formats."),
     "doctor": (doctor, None, "Say what this machine offers and what is wrong with it."),
 }

@@ -42,7 +42,7 @@ def build_parser(commands: Commands) -> Parser:
             child.add_class_arguments(config, as_group=False)
         child.add_function_arguments(
             function, as_group=False, skip={"config"} if config is not None else None,
-            as_positional=config is None,
+            as_positional=True,
         )  # fmt: skip
         child.add_argument(
             "--json", type=bool, default=False, help="print one JSON object and nothing else"

@@ -7,7 +7,7 @@ from typing import Any
 
 def show(command: str, found: dict[str, Any]) -> None:
     """Print a command's result for people."""
-    {"list": _list, "doctor": _doctor}.get(command, _pairs)(found)
+    {"list": _list, "doctor": _doctor, "bench": _bench}.get(command, _pairs)(found)
 
 
 def _pairs(found: dict[str, Any]) -> None:
@@ -22,6 +22,20 @@ def _pairs(found: dict[str, Any]) -> None:
         if value is not None and not isinstance(value, dict):
             table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
     Console().print(table)
+
+
+def _bench(found: dict[str, Any]) -> None:
+    from zotune.bench.report import show as table
+
+    table(found)
+    for name, reason in found["details"].get("left_out", {}).items():
+        print(f"left out: {name}: {reason}")
+    for name, reason in found["details"].get("failures", {}).items():
+        print(f"failed: {name}: {reason}")
+    for model, kinds in found["details"].get("kernels", {}).items():
+        for layer, name in kinds.items() if found["settings"]["verbose"] else ():
+            print(f"kernel: {model}: {layer} on {name}")
+    print(f"written to {found['written']} and {found['plot']}")
 
 
 def _list(found: dict[str, Any]) -> None:

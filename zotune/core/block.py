@@ -164,7 +164,7 @@ class FloatBlock(Block):
         if isinstance(self.reach, float):
             moved = torch.add(_wide(self.master), u, alpha=step * self.reach)
         else:
-            moved = _wide(self.master) + (step * self.reach) * u
+            moved = torch.addcmul(_wide(self.master), self.reach, u, value=step)
         return self._bounded(moved).to(self.tensor.dtype)
 
     def at_rows(self, rows: Tensor, u: Tensor | None, step: float) -> Tensor:

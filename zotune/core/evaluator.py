@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from zotune.allocator import keep_freed
 from zotune.core import forwards as _forwards  # registers the fast probed forwards
 from zotune.core import image_forwards as _image_forwards
 from zotune.core import pieces
@@ -77,6 +78,7 @@ class TorchEvaluator(Evaluator):
                 "this objective gives one number per batch (F1, a Python score), which micro-"
                 "batches would change; drop micro_batch or lower the batch size"
             )
+        keep_freed()
         self.model = model.eval()
         self.objective = objective
         self.stack = stack if per_example else 1

@@ -209,8 +209,10 @@ def quant_linear(site: Site, view: View, x: Tensor) -> Any:
         return NotImplemented
     if _kernel(x, module) == "triton" and "codes" not in site.blocks:
         return _stacked(site, view, x)
-    if not scaled_outputs(site, module):
-        return _quant_parts(site, view, x, each)
+    if module.scheme.integer_inputs or not scaled_outputs(site, module):
+        found = _quant_parts(site, view, x, each)
+        if found is not NotImplemented or not scaled_outputs(site, module):
+            return found
     scale = values(view, site.blocks["scale"]).mT  # (parts, 1, out or 1)
     out = by_part(view, module.unscaled(x), each) * scale
     if module.bias is not None:
@@ -250,6 +252,7 @@ def scaled_outputs(site: Site, module: QuantLayer) -> bool:
 
 def _quant_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
     from zotune.quant.kernels import parts
+    from zotune.quant.kernels.rounded import Point
 
     module = site.module
     assert isinstance(module, QuantLinear)
@@ -260,14 +263,16 @@ def _quant_parts(site: Site, view: View, x: Tensor, each: int) -> Any:
     # Codes that are numbers of a table are looked up once for all parts.
     own = module.codes if module.scheme.kind == "int" else module.unpacked()
     points = (
-        parts.Point(
+        Point(
             _at(site, view, part, "codes") if "codes" in site.blocks else own,
             *(_at(site, view, part, name) for name in ("scale", "zero", "bias")),
         )
         for part in view.parts
     )
-    inputs = by_part(view, module.inputs(x), each)
-    out = parts.linear(inputs, points, module.out_features, module.scheme, module.compute_dtype)
+    out = parts.linear(
+        by_part(view, module.inputs(x), each), points, module.out_features, module.scheme,
+        module.compute_dtype, same_codes="codes" not in site.blocks,
+    )  # fmt: skip
     return out.view(*x.shape[:-1], -1)
 
 

@@ -226,7 +226,7 @@ def set_compute_dtype_(model: nn.Module, compute_dtype: str | torch.dtype = "aut
         BadInput: for an unknown dtype.
     """
     if compute_dtype == "auto":
-        chosen = torch.bfloat16 if _multiplies_bfloat16() else None
+        chosen = torch.bfloat16 if multiplies_bfloat16() else None
     else:
         chosen = parse_dtype(compute_dtype)
     for module in model.modules():
@@ -234,7 +234,7 @@ def set_compute_dtype_(model: nn.Module, compute_dtype: str | torch.dtype = "aut
             module.compute_dtype = chosen
 
 
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16 products."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)

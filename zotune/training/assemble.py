@@ -16,6 +16,7 @@ from zotune.core.space import Observe, Space, SpaceSpec
 from zotune.core.step import Tuner
 from zotune.methods import AnyMethod
 from zotune.models import Loaded, fingerprint
+from zotune.quant.running import kernels_of
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
 from zotune.training import privacy, sizing
@@ -63,6 +64,11 @@ class Bench:
     @property
     def space(self) -> Space:
         return self.tuner.space
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What each kind of layer runs on in a step."""
+        return kernels_of(self.model, gradient=isinstance(self.method, Backprop))
 
     @property
     def private(self) -> bool:

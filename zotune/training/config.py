@@ -31,6 +31,7 @@ OWN = {
     "save_steps", "report_to", "callbacks", "journal_sync", "threads", "max_bad_steps",
     "per_device_eval_batch_size", "max_eval_samples", "show_progress", "trust_remote_code",
     "check_gradient", "cache_dir", "cache_limit", "dataloader_num_workers",
+    "verbose",
 }  # fmt: skip
 """Keys that a resumed run may change: they do not touch the weights."""
 
@@ -95,6 +96,8 @@ class TrainConfig:
         scheme: quantize the float model while loading, such as "int4-g64".
         dtype: of float tensors: "auto", "float32", "bfloat16" or "float16".
         compute_dtype: of quantized layers' products: "auto", "float32" or "bfloat16".
+        kernel: the kernel of every quantized layer: "reference", "cpu" or "triton"; chosen by
+            device when null.
         device: where the model runs, such as "cpu" or "cuda".
         threads: CPU threads; torch's own choice when null.
         journal_sync: bring the journal to the disk every so many steps.
@@ -105,6 +108,7 @@ class TrainConfig:
             Alias: resume.
         overwrite_output_dir: start anew in a folder that holds an old run.
         trust_remote_code: let Python files of the checkpoint run.
+        verbose: log which kernels the layers run on.
         show_progress: whether to draw a progress bar on a terminal.
     """
 
@@ -151,6 +155,7 @@ class TrainConfig:
     scheme: str | None = None
     dtype: str = "auto"
     compute_dtype: str = "auto"
+    kernel: str | None = None
     device: str = "cpu"
     threads: int | None = None
     journal_sync: int = 1
@@ -160,6 +165,7 @@ class TrainConfig:
     resume_from_checkpoint: bool | str | None = None
     overwrite_output_dir: bool = False
     trust_remote_code: bool = False
+    verbose: bool = False
     show_progress: bool = True
 
     def __post_init__(self) -> None:

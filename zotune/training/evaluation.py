@@ -9,6 +9,7 @@ from torch import nn
 
 from zotune.errors import BadInput
 from zotune.models import Loaded
+from zotune.quant.running import forced_kernel, kernels_of, say_kernels
 from zotune.tasks.task import Task
 from zotune.training.batches import spread
 from zotune.training.folders import from_module, load_model, use_threads
@@ -21,7 +22,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """The task's numbers on one split, with how many examples and how long it took."""
     use_threads(config.threads)
-    task = task or open_task(config)
+    with forced_kernel(config.kernel):
+        return _evaluate(config, model, task or open_task(config))
+
+
+def _evaluate(config: EvalConfig, model: nn.Module | Loaded | None, task: Task) -> dict[str, Any]:
     split = config.split or next(n for n in ("test", "dev", "train") if n in task.splits)
     if split not in task.splits:
         raise BadInput(f"task {task.name!r} has no split {split!r}, only {', '.join(task.splits)}")
@@ -33,6 +38,9 @@ def evaluate(
         trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
     prepared = task.prepare(loaded)
+    running = kernels_of(prepared)
+    if config.verbose:
+        say_kernels(running)
     examples = spread(task.split(split), config.max_eval_samples)
     began = time.perf_counter()
     numbers = task.evaluate(prepared, examples, config.per_device_eval_batch_size)
@@ -44,5 +52,6 @@ def evaluate(
         "examples": len(examples),
         "seconds": time.perf_counter() - began,
         "numbers": numbers,
+        "kernels": running,
         "model": config.model_name_or_path,
     }

@@ -59,6 +59,7 @@ def header_of(bench: Bench) -> dict[str, Any]:
         "data": None if bench.private else digest_of(bench.batches.examples),
         "task": bench.task.name,
         "noise": noise.VERSION,
+        "kernels": bench.kernels,
         "versions": {"zotune": zotune.__version__, **{n: version(n) for n in VERSIONS}},
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from zotune.models import Loaded
+from zotune.quant.running import forced_kernel, say_kernels
 from zotune.tasks.task import Task
 from zotune.training.assemble import assemble
 from zotune.training.callbacks import Hooks
@@ -49,6 +50,17 @@ def train(
     """
     config = resumed_config(config)
     use_threads(config.threads)
+    with forced_kernel(config.kernel):
+        return _run(config, model, task, callbacks, repair)
+
+
+def _run(
+    config: TrainConfig,
+    model: nn.Module | Loaded | None,
+    task: Task | None,
+    callbacks: Sequence[Any],
+    repair: bool,
+) -> Result:
     if config.resume_from_checkpoint:
         bench, journal, seconds = resume(config, model, task, repair)
         bad = bad_steps_at_end(journal.records)
@@ -57,6 +69,8 @@ def train(
         check_folder(config)
         bench, seconds, bad = assemble(config, model=model, task=task), 0.0, 0
         writer = start(bench)
+    if config.verbose:
+        say_kernels(bench.kernels)
     with closing(writer), closing(Run(bench, writer, seconds, bad)) as run:
         run.hooks = Hooks(
             config, callbacks, model=bench.model, tokenizer=bench.loaded.tokenizer,

@@ -29,6 +29,7 @@ class Result:
     before, after: the task's metric on `split`. steps: updates asked and journalled; applied: those
     that moved something (not skipped). forwards: passes over a batch. train_seconds: without
     evaluations. kept: the step whose state was saved. privacy: of a private run, what it promises.
+    kernels: what each kind of layer ran on.
     """
 
     before: float | None
@@ -52,6 +53,7 @@ class Result:
     journal_bytes: int = 0
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
     privacy: Privacy | None = None
+    kernels: dict[str, str] = field(default_factory=dict)
 
     @property
     def improved(self) -> bool:

@@ -269,6 +269,7 @@ class Run:
             journal_bytes=self.writer.size + record_bytes(self.writer.n),
             numbers={"before": before, "after": after},
             privacy=bench.promise(steps),
+            kernels=bench.kernels,
         )
 
     def _task_text(self) -> str:

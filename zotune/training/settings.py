@@ -25,8 +25,10 @@ class EvalConfig:
         scheme: quantize the float model while loading.
         dtype: of float tensors.
         compute_dtype: of quantized layers' products.
+        kernel: the kernel of every quantized layer; chosen by device when null.
         device: where the model runs.
         threads: CPU threads.
+        verbose: log which kernels the layers run on.
         trust_remote_code: let Python files of the checkpoint run.
     """
 
@@ -44,6 +46,8 @@ class EvalConfig:
     scheme: str | None = None
     dtype: str = "auto"
     compute_dtype: str = "auto"
+    kernel: str | None = None
     device: str = "cpu"
     threads: int | None = None
+    verbose: bool = False
     trust_remote_code: bool = False

@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from zotune.allocator import give_back
 from zotune.errors import BadInput, FormatError
 from zotune.quant.formats.build import assign_, empty_model
 from zotune.quant.formats.folder import copy_source, is_gguf
@@ -26,7 +27,6 @@ from zotune.quant.formats.gguf_config import HIDDEN_ROPE, frequencies_, model_co
 from zotune.quant.formats.gguf_file import GgufHeader, GgufTensor, gguf_package, read_header
 from zotune.quant.formats.gguf_layers import BlockEmbedding, BlockLinear, TiedHead, read_blocks
 from zotune.quant.formats.layout import values_of
-from zotune.quant.formats.memory import give_back
 from zotune.quant.formats.origin import Source, float_tensors, quantized, set_source_, source_of
 from zotune.quant.formats.shards import raw_bytes
 from zotune.quant.formats.tensors import listing

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from zotune.allocator import give_back
 from zotune.errors import BadInput, FormatError
 from zotune.quant.formats.build import (
     assign_,
@@ -24,7 +25,6 @@ from zotune.quant.formats.build import (
 )
 from zotune.quant.formats.folder import copy_source
 from zotune.quant.formats.layout import Layout, place_
-from zotune.quant.formats.memory import give_back
 from zotune.quant.formats.origin import (
     Source,
     changes,

@@ -34,7 +34,10 @@ KERNELS: Final[dict[str, str]] = {
     "cpu": "zotune.quant.kernels.cpu",
     "triton": "zotune.quant.kernels.triton",
 }
+# Of layers whose activations are rounded to int8: see `rounded.py`.
+WAYS: Final[dict[str, tuple[str, ...]]] = {"cpu": ("vnni", "onednn", "dequantized")}
 _forced: ContextVar[str | None] = ContextVar("zotune_kernel", default=None)
+_forced_way: ContextVar[str | None] = ContextVar("zotune_kernel_way", default=None)
 
 
 def kernel(name: str) -> Kernel:
@@ -56,17 +59,28 @@ def kernel(name: str) -> Kernel:
 def force(name: str | None) -> Iterator[None]:
     """Use the named kernel for every forward inside the block; None lets zotune choose again.
 
+    "cpu/vnni" also names the way that the kernel goes wherever a layer can go it (`WAYS`).
+
     >>> with force("reference"):
     ...     chosen(torch.zeros(1, 8), torch.ones(1, 1), None, None)
     'reference'
     """
+    base, _, way = (name or "").partition("/")
     if name is not None:
-        kernel(name)
-    token = _forced.set(name)
+        kernel(base)
+        if way and way not in WAYS.get(base, ()):
+            raise BadInput(f"kernel {name!r} is unknown; {base} goes {WAYS.get(base, ())}")
+    tokens = _forced.set(base or None), _forced_way.set(way or None)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.reset(tokens[0])
+        _forced_way.reset(tokens[1])
+
+
+def forced_way() -> str | None:
+    """The way that is forced upon the kernel, None for the fastest."""
+    return _forced_way.get()
 
 
 def chosen(x: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> str:
@@ -201,9 +215,9 @@ def int8_product(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.quantize_rows`, compiled where x lies on the CPU."""
-    from zotune.quant.kernels import cpu, reference
+    from zotune.quant.kernels import reference, rounded
 
-    return (cpu if x.device.type == "cpu" else reference).quantize_rows(x)
+    return (rounded if x.device.type == "cpu" else reference).quantize_rows(x)
 
 
 def integer_matmul(x_codes: Tensor, codes: Tensor, out: Tensor | None = None) -> Tensor:

@@ -165,22 +165,21 @@ def quantize_rows(
 
 
 @njit(nogil=True, cache=True)
-def rescale_rows(
-    acc: Array, x_scale: Array, scale: Array, bias: Array, out: Array, start: int, stop: int
-) -> None:
-    """out = acc * x_scale * scale + bias."""
+def sum_rows(codes: Array, sums: Array, start: int, stop: int) -> None:
+    """sums[row, g]: the sum of group g of a row's int8 codes."""
+    group = codes.shape[1] // sums.shape[1]
     for row in range(start, stop):
-        source = acc[row]
-        target = out[row]
-        s = x_scale[row]
-        for c in range(source.shape[0]):
-            target[c] = np.float32(source[c]) * s * scale[c] + bias[c]
+        for g in range(sums.shape[1]):
+            total = np.int32(0)
+            for code in codes[row, g * group : (g + 1) * group]:
+                total = np.int32(total + np.int32(code))
+            sums[row, g] = total
 
 
 @njit(nogil=True, cache=True)
-def rescale_rows_zero(
-    acc: Array,
+def rescale_rows(
     sums: Array,
+    x_sums: Array,
     x_scale: Array,
     scale: Array,
     zero: Array,
@@ -189,12 +188,12 @@ def rescale_rows_zero(
     start: int,
     stop: int,
 ) -> None:
-    """out = (acc - sums * zero) * x_scale * scale + bias, sums being the rows' sums of codes."""
+    """out = (sums - x_sums * zero) * scale * x_scale + bias, in this order."""
     for row in range(start, stop):
-        source = acc[row]
+        source = sums[row]
         target = out[row]
         s = x_scale[row]
-        total = np.float32(sums[row])
+        total = np.float32(x_sums[row])
         for c in range(source.shape[0]):
             shifted = np.float32(source[c]) - total * zero[c]
-            target[c] = shifted * s * scale[c] + bias[c]
+            target[c] = shifted * scale[c] * s + bias[c]

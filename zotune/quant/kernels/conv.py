@@ -138,12 +138,14 @@ def _integer(
     geometry: Geometry,
 ) -> Tensor:  # fmt: skip
     """(patches @ codes.T - sum(patches) * zero) * x_scale * scale + bias."""
-    from zotune.quant.kernels import cpu
+    from zotune.quant.kernels import rounded
 
     refuse_gradient("cpu", x, scale, zero, bias)
     sums, rows, x_scale = integer_sums(x, codes, geometry)
     each = x_scale.expand(*sums.shape[:3], 1).reshape(-1, 1)
-    y = cpu.rescale(sums.view(-1, len(codes)), rows, each, scale, zero, bias)
+    totals = rows.sum(-1, keepdim=True, dtype=torch.int32)
+    flat = sums.view(-1, len(codes))
+    y = rounded.rescale_(torch.empty(flat.shape), flat, totals, each, scale, zero, bias)
     return y.view(sums.shape).permute(0, 3, 1, 2).to(x.dtype)
 
 

@@ -7,23 +7,13 @@ are written into one tensor. Every number is that of the layer's own forward on 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from zotune.quant.kernels import cpu
+from zotune.quant.kernels import cpu, rounded
+from zotune.quant.kernels.rounded import Point
 from zotune.quant.scheme import Scheme
-
-
-class Point(NamedTuple):
-    """A quantized layer's tensors as one part sees them; see `kernels.linear`."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    bias: Tensor | None
 
 
 def product_(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,40 +33,23 @@ def linear(
     outputs: int,
     scheme: Scheme,
     compute_dtype: torch.dtype | None = None,
+    *,
+    same_codes: bool = False,
 ) -> Tensor:
     """x (parts, tokens, in) -> (parts, tokens, outputs) in x's dtype, by the kernel "cpu".
 
     x is what the layer's `inputs` gives. `points` are used one after the other, so that each may
-    lie in the scratch of the one before.
+    lie in the scratch of the one before. With `same_codes` they differ in nothing but scale, zero
+    and bias, and one integer product serves all of them.
     """
     dtype = compute_dtype or x.dtype
     out = x.new_empty(*x.shape[:-1], outputs)
     if scheme.integer_inputs:
-        return _rounded_(out, x, points, scheme, dtype)
+        return rounded.linear_(out, x, points, scheme, dtype, same_codes)
     for target, source, point in zip(out, x.to(dtype), points, strict=True):
         y = _as(target, dtype)
         bias = None if point.bias is None else point.bias.to(dtype)
         product_(y, source, _weight(point, scheme, dtype, x.shape[-1]), bias)
-        target.copy_(y)
-    return out
-
-
-def _rounded_(
-    out: Tensor, x: Tensor, points: Iterable[Point], scheme: Scheme, dtype: torch.dtype
-) -> Tensor:
-    """The same on activations that are rounded to int8."""
-    codes, scale = (t.view(*x.shape[:-1], -1) for t in cpu.quantize_rows(x.flatten(0, 1)))
-    floats: Tensor | None = None
-    for part, (target, point) in enumerate(zip(out, points, strict=True)):
-        y = _as(target, torch.float32)
-        if cpu.integer(point.codes, point.scale):
-            cpu.integer_product(codes[part], scale[part], *point, scheme.bits, y)
-        else:
-            floats = codes.to(dtype) if floats is None else floats
-            weight = _weight(point, scheme, dtype, x.shape[-1])
-            torch.mul(F.linear(floats[part], weight).float(), scale[part], out=y)
-            if point.bias is not None:
-                y += point.bias
         target.copy_(y)
     return out
 

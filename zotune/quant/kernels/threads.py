@@ -1,21 +1,30 @@
-"""One small thread pool for kernels that release the interpreter lock.
+"""The threads of kernels that release the interpreter lock.
 
-numba's own parallel layers bring a second thread runtime into the process; a plain pool over
-`nogil` kernels costs a few microseconds a call and leaves torch's threads alone.
+They are torch's own, where torch runs on GNU OpenMP: another pool's threads would have to share
+the cores with torch's, which wait for their next work by spinning. Elsewhere, and in forked
+children, whose OpenMP threads did not come along, a plain pool does.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 import torch
 
+Work = Callable[[int], None]
+
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
+_forked = False
 _inside = threading.local()
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def parallel_ranges(fn: Callable[[int, int], object], n: int, grain: int) -> None:
@@ -34,23 +43,58 @@ def parallel_ranges(fn: Callable[[int, int], object], n: int, grain: int) -> Non
         if n > 0:
             fn(0, n)
         return
-    cuts = [n * k // parts for k in range(parts + 1)]
+    errors: dict[int, BaseException] = {}
+
+    def work(part: int) -> None:
+        _inside.busy = True
+        try:
+            fn(n * part // parts, n * (part + 1) // parts)
+        except BaseException as error:  # raised by the caller, once all have ended
+            errors[part] = error
+        finally:
+            _inside.busy = False
+
+    team = None if _forked else _openmp()
+    (_on_pool if team is None else team)(work, parts)
+    if errors:
+        raise errors[min(errors)]
+
+
+@cache
+def _openmp() -> Callable[[Work, int], None] | None:
+    """Runs work(0), ..., work(parts - 1) on the threads of torch's OpenMP; None where it has none.
+
+    Only a library that torch has already loaded will do: a second copy of it would bring a second
+    set of threads.
+    """
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return None
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
+        with suppress(OSError, AttributeError):
+            return _team(ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW))
+    return None
+
+
+def _team(library: ctypes.CDLL) -> Callable[[Work, int], None]:
+    run, number, size = (
+        library[name] for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    )
+
+    def on_team(work: Work, parts: int) -> None:
+        def body(_: int | None) -> None:
+            for part in range(number(), parts, size()):  # a team may be smaller than asked for
+                work(part)
+
+        run(_Body(body), None, ctypes.c_uint(parts), ctypes.c_uint(0))
+
+    return on_team
+
+
+def _on_pool(work: Work, parts: int) -> None:
     pool = _get_pool()
-    futures = [pool.submit(_run, fn, cuts[k], cuts[k + 1]) for k in range(1, parts)]
-    try:
-        _run(fn, cuts[0], cuts[1])
-    finally:
-        wait(futures)
-    for future in futures:
-        future.result()
-
-
-def _run(fn: Callable[[int, int], object], start: int, stop: int) -> None:
-    _inside.busy = True
-    try:
-        fn(start, stop)
-    finally:
-        _inside.busy = False
+    futures = [pool.submit(work, part) for part in range(1, parts)]
+    work(0)
+    wait(futures)
 
 
 def _get_pool() -> ThreadPoolExecutor:
@@ -62,10 +106,10 @@ def _get_pool() -> ThreadPoolExecutor:
         return _pool
 
 
-def _forget_pool() -> None:
-    """A forked child inherits the pool object but none of its threads."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+def _after_fork() -> None:
+    """A forked child inherits pool and team as objects, but none of their threads."""
+    global _pool, _lock, _forked
+    _pool, _lock, _forked = None, threading.Lock(), True
 
 
-os.register_at_fork(after_in_child=_forget_pool)
+os.register_at_fork(after_in_child=_after_fork)

@@ -16,51 +16,84 @@ class MeZO:
         theta += eps u;  l+;  theta -= 2 eps u;  l-;  theta += eps u;  theta -= lr (c u + wd theta)
 
     Four sweeps over all weights, u drawn again in each from the step's seed, every new value
-    written out of place. One difference: the generator is an object, not torch's global one.
+    written out of place. One difference: the generator is an object, not torch's global one, and
+    is set back to where the step began instead of to a number.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, lr: float = 1e-6, eps: float = 1e-3) -> None:
         self.named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
         self.loss, self.lr, self.eps, self.decay = loss, lr, eps, 0.0
         self.generator = torch.Generator()
-        self.done = 0
 
     @torch.no_grad()
     def step(self) -> float:
+        self.begin = self.generator.get_state()
         self._perturb(1)
-        higher = self._forward()
+        higher = _forward(self.loss)
         self._perturb(-2)
-        lower = self._forward()
+        lower = _forward(self.loss)
         slope = ((higher - lower) / (2 * self.eps)).item()
         self._perturb(1)
         self._update(slope)
-        self.done += 1
         return float(higher)
 
-    def _forward(self) -> Tensor:
-        with torch.inference_mode():
-            return self.loss().detach()
-
     def _perturb(self, factor: float) -> None:
-        self.generator.manual_seed(self.done)
+        self.generator.set_state(self.begin)
         for _, parameter in self.named:
-            u = self._draw(parameter)
+            u = _draw(parameter, self.generator)
             parameter.data = parameter.data + factor * u * self.eps
 
     def _update(self, slope: float) -> None:
-        self.generator.manual_seed(self.done)
+        self.generator.set_state(self.begin)
         for name, parameter in self.named:
-            u = self._draw(parameter)
+            u = _draw(parameter, self.generator)
             if any(word in name for word in ("bias", "layer_norm", "layernorm")):
                 parameter.data = parameter.data - self.lr * (slope * u)
             else:
                 moved = slope * u + self.decay * parameter.data
                 parameter.data = parameter.data - self.lr * moved
 
-    def _draw(self, parameter: Tensor) -> Tensor:
-        return torch.normal(
-            mean=0.0, std=1.0, size=parameter.shape, dtype=parameter.dtype, generator=self.generator
-        )
+
+class QZO:
+    """QZO's step as released (Shang et al. 2025, arXiv 2505.13430, maifoundations/QZO).
+
+        S += eps u;  l+;  S -= 2 eps u;  l-;  S += eps u;  S = max(S - lr clip(c) u, floor)
+
+    MeZO's four sweeps, over the scales of quantized layers, whose forward makes the float weight
+    anew each time (`zotune.bench.dequantizing`).
+    """
+
+    def __init__(
+        self,
+        scales: Iterable[Tensor],
+        loss: Loss,
+        lr: float = 1e-7,
+        eps: float = 1e-3,
+        clip: float = 100.0,
+        floor: float = 1e-7,
+    ) -> None:
+        self.scales = list(scales)
+        self.loss, self.lr, self.eps, self.clip, self.floor = loss, lr, eps, clip, floor
+        self.generator = torch.Generator()
+
+    @torch.no_grad()
+    def step(self) -> float:
+        self.begin = self.generator.get_state()
+        self._sweep(self.eps)
+        higher = _forward(self.loss)
+        self._sweep(-2 * self.eps)
+        lower = _forward(self.loss)
+        slope = ((higher - lower) / (2 * self.eps)).item()
+        self._sweep(self.eps)
+        self._sweep(-self.lr * max(-self.clip, min(self.clip, slope)))
+        for scale in self.scales:
+            scale.clamp_(min=self.floor)
+        return float(higher)
+
+    def _sweep(self, amount: float) -> None:
+        self.generator.set_state(self.begin)
+        for scale in self.scales:
+            scale.add_(_draw(scale, self.generator), alpha=amount)
 
 
 class AdamW:
@@ -78,3 +111,12 @@ class AdamW:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         return float(loss.detach())
+
+
+def _forward(loss: Loss) -> Tensor:
+    with torch.inference_mode():
+        return loss().detach()
+
+
+def _draw(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.normal(mean=0.0, std=1.0, size=like.shape, dtype=like.dtype, generator=generator)

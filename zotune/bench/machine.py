@@ -45,7 +45,9 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, `+changes` if files differ from it; None outside git."""
+    """The commit of this checkout, `+changes` if files differ from it; None outside one."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None  # an installed copy, whatever repository it may lie in
     head = _git("rev-parse", "HEAD")
     if head is None:
         return None
@@ -54,11 +56,14 @@ def commit() -> str | None:
 
 
 def command() -> str:
-    """The command line as it was typed, but for the interpreter's folder."""
+    """The command line as it was typed, but for the folders of interpreter and script."""
     main = getattr(sys.modules["__main__"], "__spec__", None)
     if main is not None and main.name.startswith("benchmarks."):
         return shlex.join(["python", "-m", main.name, *sys.argv[1:]])
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    script = Path(sys.argv[0])
+    if script.stem == "zotune" or (main is not None and main.name == "zotune.__main__"):
+        return shlex.join(["zotune", *sys.argv[1:]])
+    return shlex.join(["python", os.path.relpath(script), *sys.argv[1:]])
 
 
 def _version(name: str) -> str | None:
@@ -69,9 +74,12 @@ def _version(name: str) -> str | None:
 
 
 def _git(*words: str) -> str | None:
-    found = subprocess.run(
-        ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    try:
+        found = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git here
+        return None
     return found.stdout.strip() if found.returncode == 0 else None
 
 
