@@ -142,8 +142,8 @@ class TorchEvaluator(Evaluator):
             return Losses.none(len(probes))
         losses, weights = [], []
         for piece in found:
-            stack = pieces.stacked(piece, self.stack, self.room)
-            rows = [self._stacked(g, piece, perturbation) for g in _groups(probes, stack)]
+            groups = pieces.groups(probes, piece, self.stack, self.room)
+            rows = [self._stacked(group, piece, perturbation) for group in groups]
             losses.append(torch.cat([loss for loss, _ in rows]))
             weights.append(rows[0][1])
         loss, weight = pieces.in_order(torch.cat(losses, dim=1), torch.cat(weights), found)
@@ -257,17 +257,6 @@ def _rounding(model: nn.Module) -> float:
     """How far two ways to compute the same differences of losses may lie apart, as a share."""
     exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
     return 2e-3 if exact and not any(isinstance(m, QuantLayer) for m in model.modules()) else 0.1
-
-
-def _groups(probes: Sequence[Probe], stack: int | None) -> list[Sequence[Probe]]:
-    """Runs of at most `stack` probes, never mixing shared and per-example directions."""
-    groups: list[list[Probe]] = []
-    for probe in probes:
-        full = groups and stack is not None and len(groups[-1]) >= stack
-        if not groups or full or groups[-1][0].per_example != probe.per_example:
-            groups.append([])
-        groups[-1].append(probe)
-    return list(groups)
 
 
 class PointObjective(Protocol):

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from zotune.core.probe import Probe
 from zotune.errors import ZotuneError
 from zotune.tasks.batch import Batch
 
@@ -46,16 +47,25 @@ def _examples(batch: Batch, micro_batch: int | None, room: int | None) -> int:
     return size
 
 
-def stacked(piece: Batch, stack: int | None, room: int | None) -> int | None:
-    """Probes per forward over this piece; None for all.
+def groups(
+    probes: Sequence[Probe], piece: Batch, stack: int | None, room: int | None
+) -> list[Sequence[Probe]]:
+    """Probes that run side by side over this piece: at most `stack`, never shared and per-example
+    directions together.
 
-    >>> stacked(Batch({"x": torch.zeros(5, 2)}, 5), None, room=25)
-    2
+    >>> from zotune.core.noise import Key
+    >>> two, piece = [Probe(Key(0), 0.1), Probe(Key(0), -0.1)], Batch({"x": torch.zeros(5, 2)}, 5)
+    >>> [len(groups(two, piece, None, room)) for room in (None, 20, 19)]
+    [1, 1, 2]
     """
-    if room is None:
-        return stack
-    fitting = max(1, room // piece.numbers)
-    return fitting if stack is None else min(stack, fitting)
+    fitting = len(probes) if room is None else max(1, room // piece.numbers)
+    most = fitting if stack is None else min(stack, fitting)
+    found: list[list[Probe]] = []
+    for probe in probes:
+        if not found or len(found[-1]) >= most or found[-1][0].per_example != probe.per_example:
+            found.append([])
+        found[-1].append(probe)
+    return list(found)
 
 
 def in_order(losses: Tensor, weights: Tensor, pieces: Sequence[Batch]) -> tuple[Tensor, Tensor]:
