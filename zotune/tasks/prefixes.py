@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from zotune.tasks.batch import Batch
 
-FORWARD = 64
-"""Tokens that one more forward has to save: it reads all weights again."""
+FORWARD = 256
+"""Tokens of all probes that one more forward has to save: it reads all weights again."""
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
