@@ -33,6 +33,7 @@ from zotune.core.meter import peak_of
 from zotune.core.method import Method
 from zotune.core.step import Tuner
 from zotune.models import Loaded, load
+from zotune.models.load import find_folder
 from zotune.tasks.batch import Batch
 from zotune.tasks.choice import Choice
 from zotune.tasks.classification import Classification
@@ -93,6 +94,11 @@ class Lengths:
         return batch
 
 
+def folder(given: argparse.Namespace) -> Path:
+    """Where the encoder lies, whose tokenizer the Llama shares."""
+    return find_folder(given.model or folder_of("minilm"))
+
+
 def rows_of(name: str, count: int) -> list[dict[str, Any]]:
     """The first examples of a task's largest split."""
     task = tasks.get(name)
@@ -103,7 +109,7 @@ def token_rows(name: str, given: argparse.Namespace) -> list[Row]:
     """Padded tokens of the same steps; the last row is all that is not padding."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(given.model or folder_of("minilm"))
+    tokenizer = AutoTokenizer.from_pretrained(folder(given))
     texts = [TEXTS[name](row) for row in rows_of(name, given.texts)]
     ids = tokenizer(texts, truncation=True, max_length=512)["input_ids"]
     task: Any = Lengths([len(row) for row in ids])
@@ -127,7 +133,7 @@ def token_rows(name: str, given: argparse.Namespace) -> list[Row]:
 def step_rows(name: str, given: argparse.Namespace) -> list[Row]:
     """The same steps of qzo on int4 MiniLM, whole and in pieces."""
     task = tasks.get(name, max_length=256 if given.model is None else 48)
-    model = task.prepare(load(given.model or folder_of("minilm"), kind="encoder", scheme=INT4))
+    model = task.prepare(load(folder(given), kind="encoder", scheme=INT4))
     tuner = tuner_of("qzo", "scales", model.requires_grad_(False), task)
     examples = rows_of(name, given.texts)
     works: dict[str, Work] = {}
@@ -157,8 +163,7 @@ def llama(given: argparse.Namespace) -> Loaded:
     """A random Llama behind the tokenizer of the encoder."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    folder = given.model or folder_of("minilm")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder(given))
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=given.hidden, intermediate_size=3 * given.hidden,
         num_hidden_layers=given.layers, num_attention_heads=4, num_key_value_heads=2,
