@@ -146,3 +146,27 @@ def test_a_run_of_some_contenders_keeps_the_others_rows_and_their_commit(
     commits = {k.split("(")[0]: e["commit"] for k, e in found["details"]["contenders"].items()}
     assert commits == {"subzero": "second", "jaguar": "second", "zo-sign": "first"}
     assert len(found["rows"]) == 6
+
+
+def test_length_says_what_is_saved(encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    length = import_module("benchmarks.length")
+
+    def rows_of(name: str, count: int) -> list[dict[str, Any]]:
+        texts = ["the film was great " * (1 + i % 5) for i in range(min(count, 12))]
+        return [{"text": t, "context": t, "passage": t, "question": "so"} for t in texts]
+
+    monkeypatch.setattr(length, "rows_of", rows_of)
+    monkeypatch.setattr(length, "SHOTS", "the film was dull " * 30)
+    words = ["--threads", "1", "--out", str(tmp_path), "--model", encoder, "--sets", "squad",
+             "--rounds", "1", "--batch", "4", "--steps", "3", "--hidden", "16",
+             "--layers", "1"]  # fmt: skip
+    length.main(words)
+    found = json.loads((tmp_path / "length.json").read_text())
+    conforms(found)
+    rows = {row["name"]: row["value"] for row in found["rows"]}
+    real, pieces = (rows[f"squad, {how}: padded tokens"] for how in
+                    ("no padding at all", "pieces of like length"))  # fmt: skip
+    assert 0 < real <= pieces <= 1
+    assert rows["demonstrations: tokens"] < 0.8
+    assert 0.5 < rows["micro_batch=auto: bytes predicted"] < 2
+    assert rows["qzo int4-g64, one probe at a time: tensors of a step"] > 0

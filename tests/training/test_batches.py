@@ -7,7 +7,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zotune.training.batches import indices, permutation, spread
+from zotune.training.batches import indices, spread
+from zotune.training.order import permutation
 
 
 @given(st.integers(0, 9), st.integers(1, 7), st.integers(1, 20))

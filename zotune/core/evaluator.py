@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from zotune.allocator import keep_freed
 from zotune.core import forwards as _forwards  # registers the fast probed forwards
 from zotune.core import image_forwards as _image_forwards
+from zotune.core import pieces
 from zotune.core.exact import LastLayers
 from zotune.core.graphs import Cuda, Graphs, Record
 from zotune.core.perturbation import Perturbation
@@ -24,8 +26,9 @@ from zotune.core.space import Space
 from zotune.errors import BadInput
 from zotune.quant.kernels import has_triton
 from zotune.quant.layer import QuantLayer
-from zotune.tasks.batch import Batch
+from zotune.tasks.batch import Batch, Narrow
 
+log = logging.getLogger("zotune")
 assert _forwards
 assert _image_forwards
 
@@ -51,9 +54,11 @@ class TorchEvaluator(Evaluator):
 
     objective(model, batch) gives (loss, weight) per example, both (rows,); `stack` probes run in
     one forward (None: all of a step; 1: one at a time, least memory), `micro_batch` examples at a
-    time (None: all). Dropout is off. A batch may also come in pieces, none or more, each of which
-    is then run by itself. On a GPU forwards of shapes that come again are recorded and replayed,
-    by `record` if it is given.
+    time (None: all), and no more numbers go into a forward than there is `room` for (`pieces`).
+    Where memory runs out, the step is measured again with half the room. Dropout is off. A batch
+    may also come in pieces, none or more, each of which is then run by itself. `narrow`: an
+    objective may run what rows share, such as a prompt, by itself. On a GPU forwards of shapes
+    that come again are recorded and replayed, by `record` if it is given.
     """
 
     def __init__(
@@ -66,9 +71,11 @@ class TorchEvaluator(Evaluator):
         micro_batch: int | None = None,
         per_example: bool = True,
         fast: bool = True,
+        room: int | None = None,
+        narrow: bool = True,
         record: Record | None = None,
     ) -> None:
-        for name, value in (("stack", stack), ("micro_batch", micro_batch)):
+        for name, value in (("stack", stack), ("micro_batch", micro_batch), ("room", room)):
             if value is not None and value < 1:
                 raise BadInput(f"{name}={value}; want at least 1, or None for all")
         if not per_example and micro_batch is not None:
@@ -83,6 +90,8 @@ class TorchEvaluator(Evaluator):
         self.micro_batch = micro_batch
         self.per_example = per_example
         self.fast = fast
+        self.room, self.narrow = room, narrow
+        self.running: tuple[int, Batch] | None = None
         self.record = record
         self.visited: set[str] = set()
         self.watch_(space)
@@ -109,6 +118,24 @@ class TorchEvaluator(Evaluator):
     def losses(
         self, probes: Sequence[Probe], batch: Batch | Sequence[Batch], perturbation: Perturbation
     ) -> Losses:
+        forwards = self.forwards
+        while True:
+            try:
+                return self._measured(probes, batch, perturbation)
+            except Exception as error:
+                if not pieces.out_of_memory(error):
+                    raise
+                room = pieces.smaller(self.running, self.per_example, error)
+            if self.room is None or room < self.room:
+                log.warning("out of memory; from here on %d numbers go into a forward", room)
+            self.room, self.forwards = room, forwards
+            self.last.sums.clear()
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.empty_cache()
+
+    def _measured(
+        self, probes: Sequence[Probe], batch: Batch | Sequence[Batch], perturbation: Perturbation
+    ) -> Losses:
         if not perturbation.observes:
             return self._losses(probes, batch, perturbation)
         base = [p for p in probes if p.step == 0] or [Probe(probes[0].key, 0.0)]
@@ -127,39 +154,33 @@ class TorchEvaluator(Evaluator):
                 "per batch: use directions='batch'"
             )
         self.forwards += len(probes)
-        pieces = self.pieces(batch)
-        if not pieces:
+        found = self.pieces(batch)
+        if not found:
             return Losses.none(len(probes))
-        losses, weights, first = [], [], 0
-        for piece in pieces:
-            rows = [
-                self._stacked(group, piece, first, perturbation)
-                for group in _groups(probes, self.stack)
-            ]
+        losses, weights = [], []
+        for piece in found:
+            groups = pieces.groups(probes, piece, self.stack, self.room)
+            rows = [self._stacked(group, piece, perturbation) for group in groups]
             losses.append(torch.cat([loss for loss, _ in rows]))
             weights.append(rows[0][1])
-            first += piece.size
-        weight = torch.cat(weights)
+        loss, weight = pieces.in_order(torch.cat(losses, dim=1), torch.cat(weights), found)
         total = weight.sum().clamp_min(1e-300)
         exact = self.last.gradients(len(probes) * float(total))
-        return Losses(torch.cat(losses, dim=1), weight / total, exact)
+        return Losses(loss, weight / total, exact)
 
     def pieces(self, batch: Batch | Sequence[Batch]) -> Sequence[Batch]:
         """What one forward sees of a batch at a time."""
-        if not isinstance(batch, Batch):
-            return batch
-        size = self.micro_batch or batch.size
-        if size >= batch.size:
-            return [batch]
-        starts = range(0, batch.size, size)
-        return [batch.select(first, min(first + size, batch.size)) for first in starts]
+        if not self.per_example:
+            return [batch] if isinstance(batch, Batch) else batch
+        return pieces.cut(batch, self.micro_batch, self.room)
 
     def _stacked(
-        self, probes: Sequence[Probe], batch: Batch, first: int, perturbation: Perturbation
+        self, probes: Sequence[Probe], batch: Batch, perturbation: Perturbation
     ) -> tuple[Tensor, Tensor]:
         """Losses (probes, examples) and weights (examples,) of one forward."""
+        self.running = len(probes), batch
         rows = len(probes) * max(len(t) for t in batch.tensors.values())
-        view = View(probes, batch.size, perturbation, first, rows)
+        view = View(probes, batch.size, perturbation, rows=rows, places=batch.places)
         loss, weight = (self.graphs or self._forward)(view, batch)
         self.visited |= view.visited
         loss = loss.detach().double().view(len(probes), -1).cpu()
@@ -170,8 +191,14 @@ class TorchEvaluator(Evaluator):
     ) -> tuple[Tensor, Tensor]:
         """Loss and weight of every row."""
         prefix = self.prefix if sharing_prefix else []
+        stacked = batch.repeat(len(view.probes))
+        # How long a shared prompt is differs from batch to batch, which no recording can follow.
+        recording = self.graphs is not None and self.graphs.off is None
+        if self.narrow and not recording and not view.perturbation.observes:
+            least = batch.size if view.lanes else 1
+            stacked = replace(stacked, narrow=Narrow(view.narrowed, least))
         with probing(self.sites, view, self.fast), sharing(prefix, view), self.last.held():
-            loss, weight = self.objective(self.model, batch.repeat(len(view.probes)))
+            loss, weight = self.objective(self.model, stacked)
             self.last.add_(loss, weight)
         return loss.detach(), weight.detach()
 
@@ -193,11 +220,13 @@ class TorchEvaluator(Evaluator):
         """
         lanes = apart or any(p.per_example for p in probes)
         probes, batch = probes[:2], batch.select(0, min(batch.size, CHECKED))
-        wanted, micro_batch = self.stack, self.micro_batch
-        self.stack, self.micro_batch = 1, 1 if lanes else micro_batch
+        wanted, micro_batch, narrow = self.stack, self.micro_batch, self.narrow
+        self.stack, self.micro_batch, self.narrow = 1, 1 if lanes else micro_batch, False
         probes, truth = self._apart(batch, probes, perturbation)
-        self.stack, self.micro_batch = wanted, micro_batch
-        if wanted != 1 and not self._agrees(truth, batch, probes, perturbation):
+        self.stack, self.micro_batch, self.narrow = wanted, micro_batch, narrow
+        if narrow and not self._agrees(truth, batch, probes, perturbation):
+            self.narrow = False
+        if wanted != 1 and not self.narrow and not self._agrees(truth, batch, probes, perturbation):
             self.stack = 1
         if lanes and self.stack == 1 and not self._agrees(truth, batch, probes, perturbation):
             raise StackingError(
@@ -255,17 +284,6 @@ def _rounding(model: nn.Module) -> float:
     """How far two ways to compute the same differences of losses may lie apart, as a share."""
     exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
     return 2e-3 if exact and not any(isinstance(m, QuantLayer) for m in model.modules()) else 0.1
-
-
-def _groups(probes: Sequence[Probe], stack: int | None) -> list[Sequence[Probe]]:
-    """Runs of at most `stack` probes, never mixing shared and per-example directions."""
-    groups: list[list[Probe]] = []
-    for probe in probes:
-        full = groups and stack is not None and len(groups[-1]) >= stack
-        if not groups or full or groups[-1][0].per_example != probe.per_example:
-            groups.append([])
-        groups[-1].append(probe)
-    return list(groups)
 
 
 class PointObjective(Protocol):

@@ -77,7 +77,7 @@ def _factors(view: View, block: Block | None) -> tuple[Tensor, Tensor, list[floa
         return None
     probes = [view.probes[part.probe] for part in view.parts]
     keys = [
-        probe.key if part.lane is None else probe.key.fold(lane=view.first + part.lane)
+        probe.key if part.lane is None else view.lane_key(probe, part.lane)
         for probe, part in zip(probes, view.parts, strict=True)
     ]
     drawn = list(dict.fromkeys(keys))  # +eps and -eps share a direction

@@ -76,7 +76,7 @@ class Recording:
         """Put this step's batch and probes where the recording reads them."""
         for name, tensor in self.batch.tensors.items():
             tensor.copy_(batch[name], non_blocking=True)
-        self.table.copy_(streams(view.probes, view.examples, view.first, "cpu"), non_blocking=True)
+        self.table.copy_(streams(view, "cpu"), non_blocking=True)
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Graphs:
             return None
         still = Batch({n: t.clone() for n, t in batch.tensors.items()}, batch.size, batch.copies)
         device = blocks[0][0].device
-        table = streams(view.probes, view.examples, view.first, device)
+        table = streams(view, device)
         found = Recording(still, table, list(_places(self.model)), blocks)
         self.bare(replace(view, table=table, visited=set()), still)  # compiles what is not yet
         found.replay, found.out = self.record(

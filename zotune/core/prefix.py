@@ -80,6 +80,7 @@ def _once(module: nn.Module, view: View, copies: int) -> Callable[..., Any]:
         args, kwargs = pytree.tree_map(cut, (args, kwargs))
         return pytree.tree_map(again, own(*args, **kwargs))
 
+    forward.own = own  # type: ignore[attr-defined]  # the layer computes what it always does
     return forward
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.core.block import Block
+from zotune.core.noise import Key
 from zotune.core.perturbation import Perturbation
 from zotune.core.probe import Probe
 from zotune.errors import ZotuneError
@@ -43,8 +44,9 @@ class Part:
 class View:
     """What one stacked evaluation looks like from inside a site.
 
-    The stacked batch has `rows` = len(probes) x examples x k rows, probe-major; `first` is the
-    number of the first example in the whole batch (micro-batches keep each example's direction).
+    The stacked batch has `rows` = len(probes) x examples x k rows, probe-major. A piece of a batch
+    keeps each example's direction: `first` is the number of its first example in the whole batch,
+    or `places` are the numbers of all, where they do not run on.
     """
 
     probes: Sequence[Probe]
@@ -53,6 +55,7 @@ class View:
     first: int = 0
     rows: int = 0
     focus: Part | None = None
+    places: Sequence[int] | None = None
     visited: set[str] = field(default_factory=set)
     shared: list[nn.Module] = field(default_factory=list)
     table: Tensor | None = None
@@ -84,12 +87,17 @@ class View:
     def streams(self, device: torch.device) -> Tensor:
         """Key and step of every part as a GPU's kernels read them, one table for all sites."""
         if self.table is None or self.table.device != device:
-            self.table = streams(self.probes, self.examples, self.first, device)
+            self.table = streams(self, device)
         return self.table
+
+    def lane_key(self, probe: Probe, lane: int) -> Key:
+        """The key of one example's own direction."""
+        number = self.first + lane if self.places is None else self.places[lane]
+        return probe.key.fold(lane=number)
 
     def direction(self, block: Block, probe: Probe, lane: int | None) -> Tensor:
         """u of one probe, kept while the site is being computed: +eps and -eps share it."""
-        key = probe.key if lane is None else probe.key.fold(lane=self.first + lane)
+        key = probe.key if lane is None else self.lane_key(probe, lane)
         if (block.name, key) not in self._scratch:
             self._scratch[block.name, key] = self.perturbation.displacement(key, block)
         return self._scratch[block.name, key]
@@ -97,7 +105,7 @@ class View:
     def lane_directions(self, block: Block, probe: Probe) -> Tensor:
         """u of every example of one probe: (examples, *block.shape)."""
         if (block.name, "lanes", probe.key) not in self._scratch:
-            keys = [probe.key.fold(lane=self.first + b) for b in range(self.examples)]
+            keys = [self.lane_key(probe, b) for b in range(self.examples)]
             u = self.perturbation.draw_lanes(keys, block)
             self._scratch[block.name, "lanes", probe.key] = u
         return self._scratch[block.name, "lanes", probe.key]
@@ -115,6 +123,18 @@ class View:
                 return found[0]
         return block.at(self.direction(block, probe, part.lane), probe.step)
 
+    @contextmanager
+    def narrowed(self, rows: int) -> Iterator[None]:
+        """For a forward of `rows` rows per probe, of what examples share; without lanes, or with
+        as many rows as examples."""
+        before = self.examples, self.rows, self.visited
+        self.examples, self.rows = min(rows, self.examples), rows * len(self.probes)
+        self.visited = set()
+        try:
+            yield
+        finally:
+            self.examples, self.rows, self.visited = before
+
     def forget(self) -> None:
         self._scratch.clear()
 
@@ -128,18 +148,16 @@ class View:
             self.focus = before
 
 
-def streams(
-    probes: Sequence[Probe], examples: int, first: int, device: torch.device | str
-) -> Tensor:
+def streams(view: View, device: torch.device | str) -> Tensor:
     """The table (parts, 6) of `noise_triton.table`: one row per part, its weight the step."""
     from zotune.core import noise_triton
 
-    lanes: Sequence[int | None] = [None]
-    if probes[0].per_example:
-        lanes = [first + lane for lane in range(examples)]
-    rows = [(p.key.fold(lane=lane), p.step) for p in probes for lane in lanes]
-    keys, steps = [key for key, _ in rows], [step for _, step in rows]
-    return noise_triton.table(keys, steps, [0] * len(rows), torch.device(device))
+    keys, steps = [], []
+    for probe in view.probes:
+        lanes = range(view.examples) if view.lanes else (None,)
+        keys += [probe.key if lane is None else view.lane_key(probe, lane) for lane in lanes]
+        steps += [probe.step] * len(lanes)
+    return noise_triton.table(keys, steps, [0] * len(keys), torch.device(device))
 
 
 @dataclass(frozen=True)

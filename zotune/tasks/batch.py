@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from zotune.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Leave to run forwards of fewer rows than a stacked batch has, before the one of all rows.
+
+    held(rows): while it is held, a forward has so many rows per copy of the batch. least: the
+    fewest rows that may stand for all of a copy (as many as it has examples where each sees
+    parameters of its own).
+    """
+
+    held: Callable[[int], AbstractContextManager[None]]
+    least: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +31,8 @@ class Batch:
 
     Dim 0 of every tensor is size * k with its own whole k >= 1 (k = candidates per example; 1 for
     labels). In a stacked batch, row = copy * (size / copies) * k + example * k + candidate.
+    `places` are the numbers that the examples of a piece have in the whole batch (0, 1, ... when
+    None). `narrow` allows an objective to run what rows share by itself.
 
     Raises:
         BadInput: size < 1, copies does not divide size, or a tensor's dim 0 is no multiple of size.
@@ -34,6 +50,8 @@ class Batch:
     tensors: dict[str, Tensor]
     size: int
     copies: int = 1
+    places: tuple[int, ...] | None = None
+    narrow: Narrow | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -64,7 +82,12 @@ class Batch:
         if p == 1:
             return self
         stacked = {name: torch.cat([tensor] * p) for name, tensor in self.tensors.items()}
-        return Batch(stacked, self.size * p, self.copies * p)
+        return replace(self, tensors=stacked, size=self.size * p, copies=self.copies * p)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers its largest tensor holds: tokens with their padding, or pixels."""
+        return max(tensor.numel() for tensor in self.tensors.values())
 
     def select(self, lo: int, hi: int) -> Batch:
         """The examples lo..hi-1 (views). Whole copies stay copies; any other cut counts as one."""
@@ -73,12 +96,29 @@ class Batch:
         cut = {n: t[lo * self.width(n) : hi * self.width(n)] for n, t in self.tensors.items()}
         one = self.size // self.copies
         whole = lo % one == 0 and hi % one == 0
-        return Batch(cut, hi - lo, (hi - lo) // one if whole else 1)
+        places = self.places if whole else None
+        if self.copies == 1:
+            places = (self.places or tuple(range(one)))[lo:hi]
+        return Batch(cut, hi - lo, (hi - lo) // one if whole else 1, places)
+
+    def cut(self, most: int) -> list[Batch]:
+        """In pieces of at most `most` examples each.
+
+        >>> [b.places for b in Batch({"x": torch.zeros(3)}, 3).cut(2)]
+        [(0, 1), (2,)]
+        """
+        if most >= self.size:
+            return [self]
+        return [self.select(i, min(i + most, self.size)) for i in range(0, self.size, most)]
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from where copies to a GPU run beside its work."""
+        return replace(self, tensors={n: t.pin_memory() for n, t in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return Batch(moved, self.size, self.copies)
+        moved = {name: t.to(device, non_blocking=True) for name, t in self.tensors.items()}
+        return replace(self, tensors=moved)
 
 
 def pad_stack(

@@ -30,6 +30,12 @@ class Candidates:
             for t in self.targets
         )
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(rows, tokens of the longest) in a batch."""
+        longest = max(len(t.ids) for t in self.targets)
+        return (1, longest - 1) if self.single else (len(self.targets), longest)
+
 
 @dataclass(frozen=True)
 class CandidateScorer:
@@ -86,8 +92,7 @@ class CandidateScorer:
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """(batch.size, K) float32; -inf for padding candidates. Known up to a row constant."""
         if "candidate_ids" in batch:
-            logits = self.scorer.logits(model, batch).squeeze(1)
-            return logits.gather(-1, batch["candidate_ids"]).float()
+            return self.scorer.label_logits(model, batch).float()
         total = self.scorer.token_logprobs(model, batch).sum(-1)
         if self.reduce == "mean":
             total = total / batch["target_mask"].sum(-1)

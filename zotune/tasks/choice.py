@@ -81,6 +81,9 @@ class Choice(Task):
         choices = [str(choice).strip() for choice in example["choices"]]
         return self._bound().encode(prompt, choices, join, int(example["label"]))
 
+    def extent(self, features: Candidates) -> tuple[int, int]:
+        return features.extent
+
     def collate(self, features: Sequence[Candidates]) -> Batch:
         return self._bound().collate(features)
 

@@ -129,6 +129,9 @@ class Classification(Task):
             return scorer.encode([str(example[name]).strip() for name in self.inputs], label)
         return scorer.encode(self.template.fill(example), self.words, self.template.join, label)
 
+    def extent(self, features: Candidates | HeadFeatures) -> tuple[int, int]:
+        return features.extent
+
     def collate(self, features: Sequence[Any]) -> Batch:
         return self._bound().collate(features)
 
@@ -160,16 +163,11 @@ def evaluate_scores(
     found: list[Tensor] = [torch.empty(0)] * len(features)
     device = device_of(model)
     with evaluating(model):
-        for part in chunks([_length(f) for f in features], batch_size):
+        for part in chunks([f.extent[1] for f in features], batch_size):
             scores = task.scores(model, task.collate([features[i] for i in part]).to(device)).cpu()
             for i, row in zip(part, scores, strict=True):
                 found[i] = row
     return found
-
-
-def _length(features: Candidates | HeadFeatures) -> int:
-    ids = features.ids if isinstance(features, HeadFeatures) else features.targets[0].ids
-    return len(ids)
 
 
 def _label_texts(

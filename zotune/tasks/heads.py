@@ -28,6 +28,11 @@ class HeadFeatures:
     segments: list[int]
     label: int
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(rows, tokens of the longest) in a batch."""
+        return 1, len(self.ids)
+
 
 class HeadScorer:
     """Scores (N, K) of a module that maps input_ids and attention_mask to logits.

@@ -122,6 +122,9 @@ class LanguageModel(Task):
                 ids = ids[: encoder.limit]
         return Target(ids, list(range(1, len(ids))))
 
+    def extent(self, features: Target) -> tuple[int, int]:
+        return features.extent
+
     def collate(self, features: Sequence[Target]) -> Batch:
         return collate_targets(features, self._bound().pad)
 

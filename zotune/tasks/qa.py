@@ -38,6 +38,11 @@ class QAFeatures:
     prompt: list[int]
     golds: str
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(rows, tokens of the longest) in a batch."""
+        return self.target.extent
+
 
 class QuestionAnswering(Task):
     """Answer a question about a context.
@@ -112,6 +117,9 @@ class QuestionAnswering(Task):
             head = encoder.head
             prompt = head + prompt[len(prompt) - (room - len(head)) :]
         return QAFeatures(answer_target(prompt, answer), prompt, _SEPARATOR.join(golds))
+
+    def extent(self, features: QAFeatures) -> tuple[int, int]:
+        return features.extent
 
     def collate(self, features: Sequence[QAFeatures]) -> Batch:
         """The teacher-forced rows; for objective "f1" the prompts, padded left, and the answers."""

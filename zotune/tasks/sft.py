@@ -145,6 +145,9 @@ class SFT(Task):
             "assistant's turn with the EOS token",
         )
 
+    def extent(self, features: Target) -> tuple[int, int]:
+        return features.extent
+
     def collate(self, features: Sequence[Target]) -> Batch:
         return collate_targets(features, self._bound().pad)
 

@@ -74,6 +74,11 @@ class Task(ABC):
     def collate(self, features: Sequence[Any]) -> Batch:
         """Pad encoded examples into one batch."""
 
+    def extent(self, features: Any) -> tuple[int, int]:
+        """(rows, tokens of the longest) of one encoded example; no tokens where rows of all
+        examples are as long."""
+        return 1, 0
+
     def varied(self, batch: Batch, draw: Draw) -> Batch:
         """A training batch as one step sees it: with noise or augmented, where a task does so."""
         return batch

@@ -19,9 +19,9 @@ from zotune.models import Loaded, fingerprint
 from zotune.quant.running import kernels_of
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
-from zotune.training import privacy
+from zotune.training import privacy, sizing
 from zotune.training.augmentation import parse_augment
-from zotune.training.batches import AbstractBatches, Batches, PoissonBatches, spread
+from zotune.training.batches import Batches, PoissonBatches, spread
 from zotune.training.config import TrainConfig
 from zotune.training.folders import all_tensors
 from zotune.training.freezing.freezing import Freezing
@@ -82,22 +82,16 @@ class Bench:
             return None
         return privacy.spent(mechanism, len(batches.examples), steps, batches.together)
 
-    def batch(self, step: int, batches: AbstractBatches) -> Batch | Sequence[Batch]:
-        """What a step is measured on: its batch, or from there on as many as its method wants.
-
-        batches: the run's own, or those that bring their cached features along.
-        """
-        count = 1 if isinstance(self.method, Backprop) else self.method.at(step).batches
-        if count == 1:
-            return batches[step]
-        return [batches[step + k] for k in range(count)]  # type: ignore[misc]
+    def count(self, step: int) -> int:
+        """How many batches a step is measured on, from its own one on."""
+        return 1 if isinstance(self.method, Backprop) else self.method.at(step).batches
 
     @property
     def coefficients(self) -> int:
         """Numbers per journal record."""
         if isinstance(self.method, Backprop):
             return 0
-        examples = self.config.per_device_train_batch_size
+        examples = self.config.examples
         return max(stage.estimator.count(stage.batches * examples) for stage in self.method.stages)
 
 
@@ -117,6 +111,7 @@ def assemble(
     task = task or open_task(config)
     train_split(task)
     privacy.check(method, task, config)
+    sizing.check(config, task, method)
     loaded = open_model(config, model)
     base = fingerprint(loaded.model)
     if journal is not None:
@@ -150,10 +145,15 @@ def assemble(
     }
     stack = journal.header["stack"] if journal is not None else config.stack
     evaluator = make_evaluator(config, task, prepared, space, stack)
+    if journal is not None:
+        evaluator.room = journal.header.get("room")
     tuner = make_tuner(config, space, method, evaluator)
     if isinstance(tuner, Tuner) and journal is None:
         tuner = _checked(config, task, tuner, shown)
         evaluator = tuner.evaluator  # type: ignore[assignment]
+    if config.micro_batch == "auto" and journal is None:
+        evaluator.room = sizing.room(config, task, tuner, shown.whole(0))
+    if isinstance(tuner, Tuner) and journal is None:
         if tuner.method.name == "auto":
             given = given_options(config)
             method = measured(tuner.method, given, tuner.space, evaluator, shown, config.max_steps)
@@ -173,17 +173,20 @@ def assemble(
 
 
 def _batches(config: TrainConfig, task: Task, method: AnyMethod) -> Batches | PoissonBatches:
-    examples, size = train_split(task), config.per_device_train_batch_size
+    examples, size = train_split(task), config.examples
     if privacy.private(method) is not None:
-        return PoissonBatches(task, examples, size, config.micro_batch or 1)
+        return PoissonBatches(task, examples, size, config.together or 1)
     augmentation = None if config.augment is None else parse_augment(config.augment)
-    return Batches(task, examples, size, config.seed, augmentation)
+    return Batches(
+        task, examples, size, config.seed, augmentation,
+        most=config.micro_batch_tokens, grouped=config.group_by_length,
+    )  # fmt: skip
 
 
 def _public(config: TrainConfig, task: Task) -> Batches:
     """What may be looked at before the first step where the training examples may not."""
     shown = task.split(first_split(task, ("dev", "test")))
-    return Batches(task, shown, min(len(shown), config.per_device_train_batch_size), config.seed)
+    return Batches(task, shown, min(len(shown), config.examples), config.seed)
 
 
 def measure(config: TrainConfig, task: Task, model: nn.Module, split: str) -> dict[str, float]:
@@ -213,7 +216,7 @@ def make_evaluator(
         space,
         objective,
         stack=stack if task.stackable else 1,
-        micro_batch=config.micro_batch,
+        micro_batch=config.together,
         per_example=task.per_example,
     )
 
@@ -231,8 +234,8 @@ def _checked(config: TrainConfig, task: Task, tuner: Tuner, batches: Batches) ->
     evaluator, method = tuner.evaluator, tuner.method
     assert isinstance(evaluator, TorchEvaluator)
     wanted = evaluator.stack
-    apart = privacy.private(method) is not None and (config.micro_batch or 1) > 1
-    unused = evaluator.check(batches[0], tuner.ask(), method.perturbation, apart)
+    apart = privacy.private(method) is not None and (config.together or 1) > 1
+    unused = evaluator.check(batches.whole(0), tuner.ask(), method.perturbation, apart)
     if evaluator.stack != wanted:
         log.warning(
             "stacked probes give other losses on this model; running one at a time (stack=1)"
@@ -258,7 +261,7 @@ def _observer(task: Task, batches: Batches, config: TrainConfig) -> Observe:
     ) -> None:
         count = min(examples or OBSERVED, len(batches.examples))
         for step in range(-(-count // batches.size)):
-            batch = batches[step].to(config.device)
+            batch = batches.whole(step).to(config.device)
             task.losses(model, batch)
             if after is not None:
                 after(batch)

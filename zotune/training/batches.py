@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,20 +22,11 @@ from zotune.errors import BadInput, DataError
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Draw, Task
 from zotune.training.augmentation import Augmentation
+from zotune.training.lengths import buckets, grouped
+from zotune.training.order import permutation
 
 log = logging.getLogger("zotune")
 _KEPT = 1 << 13  # encoded examples kept in memory; larger data sets are encoded again when drawn
-
-
-@lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The order of one epoch, sorted by raw Philox words: the same on every machine and version.
-
-    >>> sorted(permutation(0, 3, 5).tolist())
-    [0, 1, 2, 3, 4]
-    """
-    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)
-    return np.argsort(words, kind="stable")
 
 
 def indices(seed: int, step: int, size: int, count: int) -> list[int]:
@@ -60,6 +52,15 @@ class AbstractBatches(ABC):
     def __getitem__(self, step: int) -> Batch | Sequence[Batch]:
         """The batch of a step, whole or in pieces to be run one by one."""
 
+    def read(self, step: int) -> list[Batch] | None:
+        """Whatever of a step's batch may be made ahead of it, on another thread; None for
+        nothing."""
+        return None
+
+    def finished(self, step: int, read: list[Batch] | None) -> Batch | Sequence[Batch]:
+        """The batch of a step from what was read."""
+        return self[step]
+
     def of(self, chosen: Sequence[int]) -> Batch:
         """A batch of these examples, by their numbers, as the task gives them."""
         return self.task.collate([self._encoded(i) for i in chosen])
@@ -74,7 +75,11 @@ class AbstractBatches(ABC):
 
 class Batches(AbstractBatches):
     """Batches of `size` examples each, epoch after epoch in orders that the seed fixes, as are the
-    transforms of an augmentation."""
+    transforms of an augmentation.
+
+    most: tokens per piece, in which examples of like length are; None for whole batches. grouped:
+    whether the examples of a batch are of like length.
+    """
 
     def __init__(
         self,
@@ -83,9 +88,14 @@ class Batches(AbstractBatches):
         size: int,
         seed: int,
         augmentation: Augmentation | None = None,
+        *,
+        most: int | None = None,
+        grouped: bool = False,
     ) -> None:
         super().__init__(task, examples, size)
         self.seed, self.augmentation = seed, augmentation
+        self.most, self.grouped = most, grouped
+        self._orders: dict[int, list[int]] = {}
         if size > len(examples):
             log.warning(
                 "batches of %d examples from %d: examples repeat within a batch",
@@ -95,7 +105,24 @@ class Batches(AbstractBatches):
 
     def chosen(self, step: int) -> list[int]:
         """The numbers of a step's examples."""
-        return indices(self.seed, step, self.size, len(self.examples))
+        if not self.grouped:
+            return indices(self.seed, step, self.size, len(self.examples))
+        places = range(step * self.size, (step + 1) * self.size)
+        orders = (divmod(place, len(self.examples)) for place in places)
+        return [self._order(epoch)[place] for epoch, place in orders]
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            found = grouped(self.seed, epoch, self.size, self._lengths).tolist()
+            self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
+            self._orders[epoch] = found
+        return self._orders[epoch]
+
+    @cached_property
+    def _lengths(self) -> tuple[int, ...]:
+        """Tokens of every example."""
+        encoded = (self.task.encode(example) for example in self.examples)
+        return tuple(self.task.extent(features)[1] for features in encoded)
 
     def transforms(self, step: int) -> list[int]:
         """The number of each example's transform in a step; 0 for none."""
@@ -103,8 +130,31 @@ class Batches(AbstractBatches):
         drawn = self.augmentation.drawn if self.augmentation is not None else lambda *_: 0
         return [drawn(self.seed, place) for place in places]
 
-    def __getitem__(self, step: int) -> Batch:
-        batch = self.of(self.chosen(step))
+    def __getitem__(self, step: int) -> Batch | Sequence[Batch]:
+        return self.finished(step, self.read(step))
+
+    def whole(self, step: int) -> Batch:
+        """The batch of a step in one piece."""
+        return self._varied(step, self.of(self.chosen(step)))
+
+    def read(self, step: int) -> list[Batch]:
+        """The pieces of a step's batch as the task encodes and collates them."""
+        features = [self._encoded(i) for i in self.chosen(step)]
+        if self.most is None:
+            return [self.task.collate(features)]
+        pieces = buckets([self.task.extent(f) for f in features], self.most)
+        if len(pieces) == 1:
+            return [self.task.collate(features)]
+        return [
+            replace(self.task.collate([features[i] for i in piece]), places=tuple(piece))
+            for piece in pieces
+        ]
+
+    def finished(self, step: int, read: list[Batch] | None) -> Batch | Sequence[Batch]:
+        assert read is not None
+        return self._varied(step, read[0]) if len(read) == 1 else read
+
+    def _varied(self, step: int, batch: Batch) -> Batch:
         if self.augmentation is not None:
             batch = self.augmentation.of(batch, self.transforms(step))
         return self.task.varied(batch, drawing(Key(self.seed, step=step)))
@@ -169,6 +219,16 @@ def poisson(expected: int, count: int) -> list[int]:
     words = np.frombuffer(secret.entropy(8 * count), np.uint64) >> np.uint64(1)
     chosen: list[int] = np.flatnonzero(words < (expected << 63) // count).tolist()
     return chosen
+
+
+def together(found: Sequence[Batch | Sequence[Batch]], size: int) -> list[Batch]:
+    """Batches of `size` examples each, whole or in pieces, as the pieces of one."""
+    pieces: list[Batch] = []
+    for k, batch in enumerate(found):
+        for piece in [batch] if isinstance(batch, Batch) else batch:
+            places = piece.places or range(piece.size)
+            pieces.append(replace(piece, places=tuple(k * size + place for place in places)))
+    return pieces
 
 
 def spread(examples: Sequence[Any], count: int | None) -> Sequence[Any]:

@@ -51,7 +51,7 @@ class Hooks:
             logging_steps=config.logging_steps,
             eval_steps=config.eval_steps or config.max_steps,
             save_steps=config.save_steps or config.max_steps,
-            train_batch_size=config.per_device_train_batch_size,
+            train_batch_size=config.examples,
             is_local_process_zero=True,
             is_world_process_zero=True,
         )
@@ -110,7 +110,7 @@ def _arguments(config: TrainConfig, metric: str, higher_is_better: bool) -> Any:
     args = TrainingArguments(
         output_dir=str(config.out),
         max_steps=config.max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_train_batch_size=config.examples,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
         logging_steps=config.logging_steps,
         save_strategy="steps" if config.save_steps else "no",

@@ -30,7 +30,8 @@ OWN = {
     "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "logging_steps", "eval_steps",
     "save_steps", "report_to", "callbacks", "journal_sync", "threads", "max_bad_steps",
     "per_device_eval_batch_size", "max_eval_samples", "show_progress", "trust_remote_code",
-    "check_gradient", "cache_dir", "cache_limit", "verbose",
+    "check_gradient", "cache_dir", "cache_limit", "dataloader_num_workers",
+    "verbose",
 }  # fmt: skip
 """Keys that a resumed run may change: they do not touch the weights."""
 
@@ -62,10 +63,16 @@ class TrainConfig:
         warmup_steps: steps over which the learning rate rises from 0.
         weight_decay: decoupled weight decay; the method's default when null.
         max_steps: updates. Alias: steps.
-        per_device_train_batch_size: examples per step. Alias: batch_size.
+        per_device_train_batch_size: examples per step; "auto" for 16, as many per forward as memory
+            has room for. Alias: batch_size.
         per_device_eval_batch_size: examples per forward of an evaluation.
         micro_batch: examples per forward of a step; the whole batch when null (in a private run
-            one, so that no example's loss depends on others).
+            one, so that no example's loss depends on others); "auto" for as many, and as many
+            probes side by side, as memory has room for.
+        micro_batch_tokens: cut a step's batch into pieces of like length, with at most so many
+            tokens per probe, padding included; results differ by rounding alone.
+        group_by_length: let the examples of a step be of like length.
+        dataloader_num_workers: 1 to prepare the next batch while a step runs, 0 not to.
         stack: probes per forward: null for all of a step, 1 for the least memory.
         max_length: longest sequence in tokens; the task's own limit when null.
         eval_steps: evaluate every so many steps; 0 for never. Alias: eval_every.
@@ -124,9 +131,12 @@ class TrainConfig:
     warmup_steps: int | None = None
     weight_decay: float | None = None
     max_steps: int = 1000
-    per_device_train_batch_size: int = 16
+    per_device_train_batch_size: int | Literal["auto"] = 16
     per_device_eval_batch_size: int = 64
-    micro_batch: int | None = None
+    micro_batch: int | Literal["auto"] | None = None
+    micro_batch_tokens: int | None = None
+    group_by_length: bool = False
+    dataloader_num_workers: int = 1
     stack: int | None = None
     max_length: int | None = None
     eval_steps: int = 0
@@ -161,20 +171,38 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise BadInput("no output folder: give output_dir (--out DIR)")
+        if self.per_device_train_batch_size == "auto":
+            object.__setattr__(self, "per_device_train_batch_size", 16)
+            object.__setattr__(self, "micro_batch", self.micro_batch or "auto")
         for name in ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
                      "logging_steps", "journal_sync", "max_bad_steps"):  # fmt: skip
             self._at_least(name, 1)
         for name in ("eval_steps", "save_steps", "check_gradient", "seed"):
             self._at_least(name, 0)
-        for name in ("micro_batch", "stack", "max_eval_samples", "threads", "queries"):
+        for name in ("micro_batch", "micro_batch_tokens", "stack", "max_eval_samples", "threads",
+                     "queries"):  # fmt: skip
             self._at_least(name, 1)
+        if self.dataloader_num_workers not in (0, 1):
+            raise BadInput(f"dataloader_num_workers={self.dataloader_num_workers}; want 0 or 1")
         if self.load_best_model_at_end and not self.eval_steps:
             raise BadInput("load_best_model_at_end needs evaluations: set eval_steps")
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if value is not None and value < least:
+        if isinstance(value, str) and (name, value) != ("micro_batch", "auto"):
+            raise BadInput(f"{name}={value!r}; want a number")
+        if not isinstance(value, str) and value is not None and value < least:
             raise BadInput(f"{name}={value}; want at least {least}")
+
+    @property
+    def examples(self) -> int:
+        """Examples per step."""
+        return int(self.per_device_train_batch_size)
+
+    @property
+    def together(self) -> int | None:
+        """Examples per forward, where a number was given."""
+        return None if self.micro_batch == "auto" else self.micro_batch
 
     @property
     def out(self) -> Path:

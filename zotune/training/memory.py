@@ -9,6 +9,28 @@ from pathlib import Path
 import torch
 
 _PROCESS = Path("/proc/self")
+_GROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: str = "cpu") -> int:
+    """Bytes that can still be had: of the GPU, or of the machine and the group this process is in.
+
+    >>> free_bytes() > 0
+    True
+    """
+    if torch.device(device).type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no group, or one without a limit
+        most = int((_GROUP / "memory.max").read_text())
+        used = int((_GROUP / "memory.current").read_text())
+        lines = (_GROUP / "memory.stat").read_text().splitlines()
+        pages = sum(int(x.split()[1]) for x in lines if x.startswith("inactive_file "))
+        free = min(free, max(0, most - used) + pages)
+    return free
 
 
 def reset_peak(device: str) -> None:

@@ -45,7 +45,7 @@ def open_method(config: TrainConfig) -> AnyMethod:
     }
     name, options = split_calls(config.method)[0]
     if "batch_size" in methods.entry(name).options:
-        given["batch_size"] = config.per_device_train_batch_size
+        given["batch_size"] = config.examples
         if options.get("batch_size", given["batch_size"]) != given["batch_size"]:
             raise BadInput(
                 f"batch_size={options['batch_size']} in {config.method!r}, but the run's is "

@@ -88,6 +88,11 @@ def check(method: AnyMethod, task: Task, config: TrainConfig) -> None:
             f"task {task.name!r} gives one loss per batch, in which no example can be clipped; a "
             "private method wants a loss per example"
         )
+    if config.micro_batch == "auto" or config.micro_batch_tokens or config.group_by_length:
+        raise BadInput(
+            "a private run says how many examples share a forward, and lets chance alone choose "
+            "them: give micro_batch a number, drop micro_batch_tokens and group_by_length"
+        )
     if config.check_gradient:
         raise BadInput("check_gradient shows what a private method hides; leave it at 0")
     if config.freeze is not None or config.augment is not None:

@@ -201,13 +201,13 @@ def fake_(
 def start_(loaded: Loaded, task: Task, how: Preparation, config: TrainConfig) -> None:
     """Search where training starts, on the first training examples of the run."""
     prepared = task.prepare(loaded)
-    batches = Batches(task, train_split(task), config.per_device_train_batch_size, config.seed)
+    batches = Batches(task, train_split(task), config.examples, config.seed)
     count = -(-min(how.examples, len(batches.examples)) // batches.size)
 
     def run() -> float:
         total = whole = 0.0
         for step in range(count):
-            loss, weight = task.losses(prepared, batches[step].to(config.device))
+            loss, weight = task.losses(prepared, batches.whole(step).to(config.device))
             total += float((loss.double() * weight).sum())
             whole += float(weight.double().sum())
         return total / max(whole, 1e-30)

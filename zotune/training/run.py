@@ -12,6 +12,7 @@ from zotune.core.estimator import Estimate
 from zotune.core.step import StepReport, Tuner
 from zotune.errors import ZotuneError
 from zotune.training import report, snapshots
+from zotune.training.ahead import Ahead
 from zotune.training.assemble import Bench, final_split, first_split, measure
 from zotune.training.batches import AbstractBatches
 from zotune.training.callbacks import Hooks
@@ -41,6 +42,8 @@ class Run:
         self.metrics = Metrics(self.out, self.tuner.done)
         self.best, self.best_step = self._best_so_far()
         self.batches: AbstractBatches = bench.batches
+        workers = self.config.dataloader_num_workers if bench.task.stackable else 0
+        self.ahead = Ahead(workers, self.config.device, bench.count)
         self.window: list[float] = []
         self.diagnostics = Diagnostics(bench.space)
         self.saved = -1
@@ -123,8 +126,13 @@ class Run:
 
     def _step(self) -> StepReport:
         began = time.perf_counter()
-        self.batch = self.bench.batch(self.tuner.done, self.batches)
-        step = self.tuner.step(self.batch)
+        done = self.tuner.done
+        self.batch = self.ahead.batch(self.batches, done)
+        if done + 1 < self.config.max_steps:
+            with self.ahead.reading(self.batches, done + 1):
+                step = self.tuner.step(self.batch)
+        else:
+            step = self.tuner.step(self.batch)
         self.diagnostics.note(step)
         if not isinstance(self.tuner, Tuner):
             self.writer.append((), step.loss)
@@ -268,6 +276,7 @@ class Run:
         return self.config.task or self.bench.task.name
 
     def close(self) -> None:
+        self.ahead.close()
         self.metrics.close()
         if self.bench.freezing is not None:
             self.bench.freezing.close()

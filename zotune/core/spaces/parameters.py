@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from zotune.core.block import FloatBlock, Owner
@@ -16,6 +18,7 @@ from zotune.quant.graph import Graph
 from zotune.quant.linear import is_conv1d
 
 _DECAYED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+_LARGE = 1 << 20  # elements, beyond which squares are taken run by run: a forward takes less
 _ZERO_UNIT = 0.02  # unit of a block that is all zeros: the usual std of initial weights
 
 Keep = Callable[[Owner], bool]
@@ -59,6 +62,10 @@ def blocks_of(
 
 def rms(tensor: Tensor) -> float:
     """Root mean square, with a floor for tensors of zeros."""
+    if tensor.numel() > _LARGE:
+        parts = torch.split(tensor.detach().flatten(), _LARGE)
+        total = sum(float(part.float().square().sum(dtype=torch.float64)) for part in parts)
+        return math.sqrt(total / tensor.numel()) or _ZERO_UNIT
     value = float(tensor.detach().float().square().mean().sqrt()) if tensor.numel() else 0.0
     return value or _ZERO_UNIT
 

@@ -204,5 +204,5 @@ class Freezing:
     def _worth_it(self, step: int) -> bool:
         """Whether examples will come again, so that features can be read twice; the same rule
         without a cache, so that the run is the same."""
-        left = (self.config.max_steps - step) * self.config.per_device_train_batch_size
+        left = (self.config.max_steps - step) * self.config.examples
         return left > len(self.batches.examples)

@@ -101,7 +101,7 @@ def _check_steps(plan: Plan, schedule: Fixed, config: TrainConfig, examples: int
         return
     ends = [*steps[1:], config.max_steps]
     for step, end in zip(steps, ends, strict=True):
-        seen = (end - step) * config.per_device_train_batch_size
+        seen = (end - step) * config.examples
         if seen <= examples:
             raise BadInput(
                 f"from step {step} to {end} no example comes twice ({seen} of {examples}), so its "

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from zotune.errors import BadInput, FormatError, ZotuneError
-from zotune.training.batches import permutation
 from zotune.training.freezing.codec import Codec
+from zotune.training.order import permutation
 from zotune.training.snapshots import write_atomic
 
 HEADER = "header.json"
