@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness import Rounds, Row, Work, begin, interleave, parser, report, show
-from benchmarks.machine import machine
+from benchmarks.harness import Rounds, Row, Work, begin, interleave, parser, report
 from zotune import methods
+from zotune.bench import report as reports
 from zotune.bench.restated import MeZO
 from zotune.core import spaces
 from zotune.core.evaluator import TorchEvaluator
@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
         raise SystemExit("gpu: this machine has no CUDA GPU; nothing was measured or written")
     found = measure(given)
     if given.tiny:
-        show("gpu, tiny", found.rows(given), {"machine": machine()})
+        reports.show(reports.document("gpu, tiny", found.rows(given), {}, {}))
         print("tiny shapes: nothing was written")
         return
     report(
