@@ -2,7 +2,7 @@
 
 A rule that turns each number of g into a step by itself says so (`Rule.elementwise`), a law that a
 kernel can draw says how (`Perturbation.independent`). Where both do, and the device has kernels, a
-block is moved in one launch, and g never exists. Everything else goes on as in `step.py`; both
+block is moved in one sweep, and g never exists. Everything else goes on as in `step.py`; both
 leave the same bits. What changes from step to step lies in one small table, so that all launches
 of a step can be recorded once (a CUDA graph) and replayed.
 """
@@ -21,6 +21,7 @@ from zotune.core.block import Block
 from zotune.core.estimator import Estimate
 from zotune.core.graphs import Cuda
 from zotune.core.method import Method
+from zotune.core.rule import Elementwise
 from zotune.quant.kernels import has_triton
 
 Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
@@ -29,8 +30,8 @@ log = logging.getLogger("zotune")
 
 @dataclass
 class Sweeps:
-    """Moves blocks in one launch each, on one device. `record` as in `graphs`: CUDA graphs where
-    there are any."""
+    """Moves blocks, one sweep each, on the CPU or on one GPU. `record` as in `graphs`: CUDA graphs
+    where there are any."""
 
     record: Record | None = None
     replayed: int = field(default=0, init=False)
@@ -47,18 +48,22 @@ class Sweeps:
     ) -> frozenset[str]:
         """Move what can be moved so by one estimate; the names of those blocks."""
         how = method.rule.elementwise(lr)
-        blocks = [b for b in blocks if has_triton(b.device.type) and not b.exact]
-        if how is None or not blocks:
+        if how is None:
+            return frozenset()
+        free = [b for b in blocks if not (b.exact or (method.weight_decay and b.decay))]
+        swept = _on_cpu([b for b in free if b.device.type == "cpu"], method, past, how)
+        return swept | self._on_gpu([b for b in free if b.device.type != "cpu"], method, past, how)
+
+    def _on_gpu(
+        self, blocks: list[Block], method: Method, past: Estimate, how: Elementwise
+    ) -> frozenset[str]:
+        if not blocks or not has_triton(blocks[0].device.type):
             return frozenset()
         from zotune.core import sweep_triton
 
-        law, decayed = method.perturbation, bool(method.weight_decay)
+        law = method.perturbation
         chosen = [
-            b
-            for b in blocks
-            if b.device == blocks[0].device
-            and not (decayed and b.decay)
-            and sweep_triton.sweepable(b, law)
+            b for b in blocks if b.device == blocks[0].device and sweep_triton.sweepable(b, law)
         ]
         if not chosen:
             return frozenset()
@@ -91,3 +96,15 @@ class Sweeps:
             why = f"{type(error).__name__}: {error}".split("\n")[0]
             log.warning("updates are not recorded as CUDA graphs but run as they are: %s", why)
             return None
+
+
+def _on_cpu(
+    blocks: list[Block], method: Method, past: Estimate, how: Elementwise
+) -> frozenset[str]:
+    from zotune.core import sweep_cpu
+
+    law = method.perturbation
+    chosen = [b for b in blocks if sweep_cpu.sweepable(b, law)]
+    for block in chosen:
+        sweep_cpu.sweep_(block, law, past, how)
+    return frozenset(block.name for block in chosen)
