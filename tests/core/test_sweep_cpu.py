@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zotune.core import sweep_cpu
+from zotune.core import floats_cpu, sweep_cpu
 from zotune.core.block import FloatBlock
 from zotune.core.estimator import TwoSided
 from zotune.core.method import Method
@@ -90,3 +90,22 @@ def test_odd_numbers_stay_odd() -> None:
         out = moved(values, Gaussian(), SGD(), 1, 1e-2, swept)
         assert out[0, 0].isnan()
         assert out[0, 1:3].tolist() == [float("inf"), -float("inf")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 30), min_size=1, max_size=3), step=st.floats(-4, 4, width=32),
+    bounded=st.booleans(), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_a_probe_sees_the_nearest_bfloat16(
+    shape: list[int], step: float, bounded: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values, u = (torch.randn(*shape, generator=generator) for _ in range(2))
+    values = values.bfloat16()
+    found = floats_cpu.shifted(values, u, step, 0.1 if bounded else None)
+    truth = values.double() + step * u.double()
+    truth = truth.clamp_min(0.1) if bounded else truth
+    assert found.shape == values.shape
+    away = (found.double() - truth).abs() - 2**-8 * 1.01 * truth.abs()
+    assert (away <= 1e-7).all()  # half a unit of the last place, and the sum's own rounding

@@ -167,10 +167,21 @@ class FloatBlock(Block):
 
     def at(self, u: Tensor, step: float) -> Tensor:
         if isinstance(self.reach, float):
+            if self._in_one_pass(u):
+                from zotune.core import floats_cpu
+
+                return floats_cpu.shifted(self.master, u, step * self.reach, self.minimum)
             moved = torch.add(_wide(self.master), u, alpha=step * self.reach)
         else:
             moved = torch.addcmul(_wide(self.master), self.reach, u, value=step)
         return self._bounded(moved).to(self.tensor.dtype)
+
+    def _in_one_pass(self, u: Tensor) -> bool:
+        """Whether compiled code gives a probe's point: bfloat16 on the CPU, without a master."""
+        plain = self.master.dtype == self.tensor.dtype == torch.bfloat16
+        return (
+            plain and u.device.type == "cpu" and u.shape == self.shape and u.dtype == torch.float32
+        )
 
     def at_rows(self, rows: Tensor, u: Tensor | None, step: float) -> Tensor:
         """Chosen rows of `at` (u holds just those rows); u = None gives the base point's."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from zotune.core import noise_cpu
 from zotune.core.block import Block, FloatBlock
 from zotune.core.estimator import Estimate
+from zotune.core.floats_cpu import nearest, wide
 from zotune.core.noise import Key, philox_key
 from zotune.core.perturbation import Perturbation
 from zotune.core.rule import Elementwise
@@ -54,30 +55,16 @@ def move_floats(master, law, tile, first, streams, key, weights, size, stride, s
 
 
 @_inlined
-def _nearest(value):
-    """The nearest bfloat16, ties to even, as a pattern; NaN stays NaN."""
-    bits = _f(value).view(np.uint32)
-    even = _u(_u(bits >> _u(16)) & _u(1))
-    rounded = _u(_u(_u(bits + _u(0x7FFF)) + even) >> _u(16))
-    return _u(0x7FC0) if value != value else rounded
-
-
-@_inlined
-def _wide(pattern):
-    return _u(_u(pattern) << _u(16)).view(np.float32)
-
-
-@_inlined
 def _spread(value, chance):
     """`value` as one of the two bfloat16 beside it, by chance; see `block._round_to`."""
-    nearest = _nearest(value)
-    error = value - _wide(nearest)
-    away = (error >= _f(0.0)) == (_u(nearest & _u(0x8000)) == _u(0))
-    other = _u(nearest + _u(1)) if away else _u(nearest - _u(1))
-    if _u(nearest & _u(0x7FFF)) == _u(0):  # beside zero lies the smallest number of either sign
+    close = nearest(value)
+    error = value - wide(close)
+    away = (error >= _f(0.0)) == (_u(close & _u(0x8000)) == _u(0))
+    other = _u(close + _u(1)) if away else _u(close - _u(1))
+    if _u(close & _u(0x7FFF)) == _u(0):  # beside zero lies the smallest number of either sign
         other = _u(1) if error >= _f(0.0) else _u(0x8001)
-    gap = abs(_wide(other) - _wide(nearest))
-    return other if chance * gap < abs(error) else nearest
+    gap = abs(wide(other) - wide(close))
+    return other if chance * gap < abs(error) else close
 
 
 @_compiled
@@ -94,7 +81,7 @@ def move_bfloat16(stored, law, tile, first, streams, key, weights, size, stride,
         start[0] = first + at
         noise_cpu.rows(chances[:, :count], 1, noise_cpu.WORDS, start, stream, round_key)
         for j in range(count):
-            v = _wide(here[j]) - _step(g[j], size, stride, sign)
+            v = wide(here[j]) - _step(g[j], size, stride, sign)
             v = low if v < low else v
             here[j] = np.uint16(_spread(v, chances[0, j] * _f(0.5) + _f(0.5)))
 
