@@ -26,7 +26,8 @@ check: .venv/ready  ## lint, types, floors, docs examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --doctest-modules zotune README.md CONTRIBUTING.md --doctest-glob='*.md'
 
 bench: .venv/ready  ## every benchmark, results under benchmarks/results/
-	for file in step noise memory; do $(BIN)/python benchmarks/$$file.py || exit 1; done
+	for name in step noise "memory --steps 5000" roofline; do \
+		$(BIN)/zotune bench $$name --threads $(OMP_NUM_THREADS) || exit 1; done
 
 clean:
 	rm -rf .venv build dist runs *.egg-info

@@ -24,3 +24,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where Triton's kernels replace the CPU's: a GPU, else the CPU by the interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from zotune.core import evaluator, noise, sites, sweep
+    from zotune.quant import kernels
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    for module in (evaluator, noise, sites, sweep, kernels):
+        monkeypatch.setattr(module, "has_triton", lambda device: True)
+    return torch.device("cpu")

@@ -92,3 +92,22 @@ def test_backprop_says_that_it_runs_on_the_kernel_with_a_gradient() -> None:
     assert kernels_of(model)["QuantLinear int4-g64"] == "cpu (1 layer)"
     assert kernels_of(model, gradient=True)["QuantLinear int4-g64"] == "reference (1 layer)"
     assert kernels_of(model)["Linear float32"] == "torch (1 layer)"
+
+
+def test_the_way_of_a_kernel_is_shown_where_it_was_forced_or_found() -> None:
+    import torch
+    from torch import nn
+
+    from zotune.quant import QuantLinear, Scheme
+    from zotune.quant.kernels import choice
+    from zotune.quant.running import forced_kernel, kernels_of
+
+    layer = QuantLinear(80, 24, Scheme.parse("int8-channel-a8"))
+    name = "QuantLinear int8-channel-a8"
+    with forced_kernel("cpu/onednn"):
+        assert kernels_of(nn.Sequential(layer))[name] == "cpu/onednn (1 layer)"
+    with torch.no_grad():
+        layer(torch.ones(2, 80))
+    found = {way for (size, _), way in choice.chosen().items() if size[2:] == (24, 80, 8)}  # type: ignore[misc,index]
+    wanted = "/".join(["cpu", *found])
+    assert kernels_of(layer)[name] == f"{wanted} (1 layer)"

@@ -126,6 +126,17 @@ def test_stacked_parts_equal_each_part_alone(parts: int, text: str) -> None:
         assert_close(found[p], reference.linear(x[p], **one))
 
 
+def test_more_parts_than_a_launch_takes_go_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zotune.quant.kernels import triton
+
+    own = layer("int4-g24-asym", 10, 48)
+    x, scale = inputs(5, 3, 48), own["scale"] * (1 + 0.1 * inputs(5, *own["scale"].shape, seed=5))
+    arguments = (x, own["codes"], scale, own["zero"][None], own["bias"][None], own["scheme"])
+    whole = triton.stacked(*arguments)
+    monkeypatch.setattr(triton, "MOST", 2)
+    assert torch.equal(triton.stacked(*arguments), whole)
+
+
 def test_the_kernel_refuses_to_lose_a_gradient() -> None:
     with kernels.force("triton"), pytest.raises(BadInput, match="'triton' has no gradient"):
         kernels.linear(inputs(1, 24).requires_grad_(), **layer("int4-g8", 4, 24))

@@ -23,7 +23,7 @@ class MeZO:
     def __init__(self, model: nn.Module, loss: Loss, lr: float = 1e-6, eps: float = 1e-3) -> None:
         self.named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
         self.loss, self.lr, self.eps, self.decay = loss, lr, eps, 0.0
-        self.generator = torch.Generator()
+        self.generator = torch.Generator(self.named[0][1].device)
 
     @torch.no_grad()
     def step(self) -> float:
@@ -119,4 +119,7 @@ def _forward(loss: Loss) -> Tensor:
 
 
 def _draw(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.normal(mean=0.0, std=1.0, size=like.shape, dtype=like.dtype, generator=generator)
+    return torch.normal(
+        mean=0.0, std=1.0, size=like.shape, dtype=like.dtype, device=like.device,
+        generator=generator,
+    )  # fmt: skip

@@ -23,12 +23,14 @@ PYTHON = "Python"
 PARTS = (PRODUCTS, ATTENTION, REST, ROUNDING, NOISE, UPDATE, PYTHON)
 
 SPANS = {
+    PRODUCTS: ("zotune.quant.kernels.vnni:product_",),
     NOISE: ("zotune.core.noise:draw_rows", "zotune.core.noise:draw_whole",
             "zotune.core.noise:combine_"),
-    ROUNDING: ("zotune.quant.kernels.cpu:quantize_rows", "zotune.quant.kernels.cpu:rescale",
+    ROUNDING: ("zotune.quant.kernels.rounded:round_rows", "zotune.quant.kernels.rounded:rescale_",
                "zotune.quant.kernels.cpu:weight_scratch", "zotune.quant.kernels.cpu:codes_scratch"),
     UPDATE: ("zotune.core.step:Tuner.apply_",),
 }  # fmt: skip
+"""Products that finish their outputs in the same pass count as products."""
 OPERATORS = (
     (ATTENTION, re.compile(r"attention|softmax|flash|bmm")),
     (PRODUCTS, re.compile(r"mm$|mm_|int_mm|addmm|linear|int4pack|gemm|conv")),

@@ -83,8 +83,8 @@ class Block(ABC):
         unit = self.unit if units == "relative" else 1.0
         self.eps_ratio = (self.eps / eps) if self.eps is not None and eps else 1.0
         self.lr_ratio = (self.lr / lr) if self.lr is not None and lr else 1.0
-        self.reach = unit * self.eps_ratio
-        self.stride = unit * self.lr_ratio
+        self.reach = _times(unit, self.eps_ratio)
+        self.stride = _times(unit, self.lr_ratio)
 
     @property
     def grid(self) -> Tensor | None:
@@ -117,6 +117,11 @@ class Block(ABC):
     @abstractmethod
     def load_(self, state: Tensor) -> None:
         """Restore what `state` gave."""
+
+
+def _times(unit: Tensor | float, ratio: float) -> Tensor | float:
+    """unit * ratio; the unit itself, not a copy, where that is what it is."""
+    return unit if ratio == 1.0 else unit * ratio
 
 
 def part(value: Tensor | float, start: int, stop: int, rows: int) -> Tensor | float:
@@ -231,10 +236,10 @@ class CodeBlock(Block):
 
     Coordinates are codes: a displacement of 1 is one grid step. Whole displacements stay int8,
     so that integer kernels run; others are seen as fractional codes. `moved` counts the codes that
-    updates have changed, for whoever watches a run.
+    updates have changed, for whoever watches a run, on the device that moves them.
     """
 
-    moved: int = field(default=0, init=False)
+    moved: int | Tensor = field(default=0, init=False)
 
     @classmethod
     def of(cls, name: str, owner: Owner, **options: Any) -> CodeBlock:
@@ -283,6 +288,13 @@ class CodeBlock(Block):
             moved, _ = stepped(codes, down, *self.limits)
         self.moved += int((moved != codes).sum())
         stored.copy_(moved if bits == 8 else pack(moved, bits))
+
+    def forget_moved_(self) -> None:
+        """Count from 0 again, where the count lies."""
+        if isinstance(self.moved, Tensor):
+            self.moved.zero_()
+        else:
+            self.moved = 0
 
     def decay_(self, factor: float, key: Key) -> None:
         raise BadInput(

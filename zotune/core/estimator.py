@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.core.block import Block
 from zotune.core.noise import Key
 from zotune.core.probe import Losses, Probe
 from zotune.core.space import Space
@@ -42,6 +43,11 @@ class Estimate:
     def scalars(self) -> tuple[float, ...]:
         """What a journal keeps; `Estimator.rebuild` makes the estimate of them again."""
         return (*self.coefficients, *self.extras)
+
+    def weights(self, block: Block) -> list[float]:
+        """What each key's direction weighs in g of a block, in the block's own eps."""
+        share = 1.0 / (len(self.keys) * block.eps_ratio)
+        return [c * share for c in self.coefficients]
 
     @property
     def finite(self) -> bool:

@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,12 +17,14 @@ from zotune.core import forwards as _forwards  # registers the fast probed forwa
 from zotune.core import image_forwards as _image_forwards
 from zotune.core import pieces
 from zotune.core.exact import LastLayers
+from zotune.core.graphs import Cuda, Graphs, Record
 from zotune.core.perturbation import Perturbation
 from zotune.core.prefix import sharing, site_free
 from zotune.core.probe import Losses, Probe
 from zotune.core.sites import StackingError, View, observing, probing, sites_of
 from zotune.core.space import Space
 from zotune.errors import BadInput
+from zotune.quant.kernels import has_triton
 from zotune.quant.layer import QuantLayer
 from zotune.tasks.batch import Batch, Narrow
 
@@ -54,7 +57,8 @@ class TorchEvaluator(Evaluator):
     time (None: all), and no more numbers go into a forward than there is `room` for (`pieces`).
     Where memory runs out, the step is measured again with half the room. Dropout is off. A batch
     may also come in pieces, none or more, each of which is then run by itself. `narrow`: an
-    objective may run what rows share, such as a prompt, by itself.
+    objective may run what rows share, such as a prompt, by itself. On a GPU forwards of shapes
+    that come again are recorded and replayed, by `record` if it is given.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class TorchEvaluator(Evaluator):
         fast: bool = True,
         room: int | None = None,
         narrow: bool = True,
+        record: Record | None = None,
     ) -> None:
         for name, value in (("stack", stack), ("micro_batch", micro_batch), ("room", room)):
             if value is not None and value < 1:
@@ -87,6 +92,7 @@ class TorchEvaluator(Evaluator):
         self.fast = fast
         self.room, self.narrow = room, narrow
         self.running: tuple[int, Batch] | None = None
+        self.record = record
         self.visited: set[str] = set()
         self.watch_(space)
 
@@ -96,6 +102,17 @@ class TorchEvaluator(Evaluator):
         self.sites = sites_of(space.probed)
         self.last = LastLayers(self.model, [b for b in space if b.exact])
         self.prefix = site_free(self.model, self.sites) if self.fast else []
+        self.graphs = self._graphs()
+
+    def _graphs(self) -> Graphs | None:
+        """Recorded forwards, on a GPU whose kernels draw directions by themselves."""
+        blocks = self.space.probed
+        on_gpu = bool(blocks) and has_triton(blocks[0].device.type)
+        if not (self.fast and (self.record or on_gpu)) or self.last.blocks:
+            return None
+        bare = partial(self._forward, sharing_prefix=False)
+        record = self.record or Cuda()
+        return Graphs(self.model, self.sites, self._forward, bare, record)
 
     @torch.no_grad()
     def losses(
@@ -162,18 +179,28 @@ class TorchEvaluator(Evaluator):
     ) -> tuple[Tensor, Tensor]:
         """Losses (probes, examples) and weights (examples,) of one forward."""
         self.running = len(probes), batch
-        stacked = batch.repeat(len(probes))
-        rows = max(len(t) for t in stacked.tensors.values())
+        rows = len(probes) * max(len(t) for t in batch.tensors.values())
         view = View(probes, batch.size, perturbation, rows=rows, places=batch.places)
-        if self.narrow and not perturbation.observes:
-            least = batch.size if view.lanes else 1
-            stacked = replace(stacked, narrow=Narrow(view.narrowed, least))
-        with probing(self.sites, view, self.fast), sharing(self.prefix, view), self.last.held():
-            loss, weight = self.objective(self.model, stacked)
-            self.last.add_(loss, weight)
+        loss, weight = (self.graphs or self._forward)(view, batch)
         self.visited |= view.visited
         loss = loss.detach().double().view(len(probes), -1).cpu()
         return loss, weight.detach().double().view(len(probes), -1)[0].cpu()
+
+    def _forward(
+        self, view: View, batch: Batch, sharing_prefix: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and weight of every row."""
+        prefix = self.prefix if sharing_prefix else []
+        stacked = batch.repeat(len(view.probes))
+        # How long a shared prompt is differs from batch to batch, which no recording can follow.
+        recording = self.graphs is not None and self.graphs.off is None
+        if self.narrow and not recording and not view.perturbation.observes:
+            least = batch.size if view.lanes else 1
+            stacked = replace(stacked, narrow=Narrow(view.narrowed, least))
+        with probing(self.sites, view, self.fast), sharing(prefix, view), self.last.held():
+            loss, weight = self.objective(self.model, stacked)
+            self.last.add_(loss, weight)
+        return loss.detach(), weight.detach()
 
     def check(
         self,

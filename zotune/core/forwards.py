@@ -21,6 +21,12 @@ _SMALL = 1 << 22  # elements of all parts' values at once, beyond which slices a
 
 def values(view: View, block: Block) -> Tensor:
     """The block as each part sees it: (parts, *shape)."""
+    if kernels.has_triton(block.device.type):
+        from zotune.core import forwards_triton
+
+        found = forwards_triton.points(view, block)
+        if found is not None:
+            return found
     pieces = []
     for number, probe in enumerate(view.probes):
         if probe.step == 0:
@@ -112,6 +118,12 @@ def linear(site: Site, view: View, x: Tensor) -> Any:
         return NotImplemented
     parts = by_part(view, x, each)
     factors = _factors(view, site.blocks.get("weight"))
+    if factors is None and kernels.has_triton(x.device.type):
+        from zotune.core import forwards_triton
+
+        found = forwards_triton.linear(site, view, parts)
+        if found is not None:
+            return found.view(*x.shape[:-1], module.out_features)
     if factors is None and (not view.lanes or too_large(view, site)):
         return _linear_parts(site, view, x, each)
     if factors is not None:
@@ -172,6 +184,12 @@ def embedding(site: Site, view: View, ids: Tensor) -> Any:
     each = rows_per_part(site, view, len(ids))
     if not each or module.max_norm is not None or not isinstance(block.reach, float):
         return NotImplemented
+    if kernels.has_triton(ids.device.type):
+        from zotune.core import forwards_triton
+
+        found = forwards_triton.embedding(view, block, ids)
+        if found is not None:
+            return found
     if view.lanes:
         return _embedded_lanes(view, block, ids)
     rows, place = torch.unique(ids, return_inverse=True)
@@ -225,14 +243,17 @@ def _kernel(x: Tensor, module: QuantLinear) -> str:
 
 
 def _stacked(site: Site, view: View, x: Tensor) -> Tensor:
-    """All parts in one launch, which unpacks the codes once for two of them."""
+    """All parts in one launch, which unpacks the codes once for two of them, and draws the
+    directions of scales by itself where it can."""
+    from zotune.core import forwards_triton
     from zotune.quant.kernels import triton
 
     module = site.module
     assert isinstance(module, QuantLinear)
+    drawn = forwards_triton.scale_directions(site, view, module)
 
     def points(name: str, own: Tensor | None) -> Tensor | None:
-        if name in site.blocks:
+        if name in site.blocks and not (drawn and name == "scale"):
             return values(view, site.blocks[name])
         return None if own is None else own[None]
 
@@ -240,7 +261,7 @@ def _stacked(site: Site, view: View, x: Tensor) -> Tensor:
     assert scale is not None
     parts = module.inputs(x).reshape(len(view.parts), -1, x.shape[-1])
     out = triton.stacked(
-        parts, module.codes, scale, zero, bias, module.scheme, module.compute_dtype
+        parts, module.codes, scale, zero, bias, module.scheme, module.compute_dtype, drawn
     )
     return out.view(*x.shape[:-1], -1)
 

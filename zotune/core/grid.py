@@ -11,7 +11,7 @@ from torch import Tensor
 from zotune.core import noise, noise_reference
 from zotune.core.block import Block, part
 from zotune.core.noise import Key
-from zotune.core.perturbation import Perturbation, part_shape, span
+from zotune.core.perturbation import Independent, Perturbation, part_shape, span
 from zotune.errors import BadInput
 
 
@@ -33,6 +33,12 @@ class Grid(Perturbation):
             raise BadInput(
                 f"radius={self.radius}, density={self.density}; want radius > 0, 0 < density <= 1"
             )
+
+    def independent(self, block: Block) -> Independent | None:
+        most = self.radius // 1 if self.radius >= 1 else 1.0
+        if not self.relative or self.density < 1 or most > 127:
+            return None
+        return Independent("whole", most=int(most))
 
     def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
         return self._whole(key, block, start, stop).float()

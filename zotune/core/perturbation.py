@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ from zotune.errors import BadInput
 if TYPE_CHECKING:
     from zotune.core.estimator import Estimate
     from zotune.core.space import Space
+
+
+@dataclass(frozen=True)
+class Independent:
+    """A direction whose elements are drawn from one law each, as kernels can do it in place:
+    u_i = gain x_i, x_i the number i of the block's stream; `most` for whole numbers only."""
+
+    law: Law | Literal["whole"]
+    gain: float = 1.0
+    most: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,10 @@ class Perturbation(ABC):
     @abstractmethod
     def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start:stop of u(key) for `block`; float32, shape (stop - start, *shape[1:])."""
+
+    def independent(self, block: Block) -> Independent | None:
+        """How a kernel may draw u of this block by itself; None where only `draw` can."""
+        return None
 
     def displacement(self, key: Key, block: Block) -> Tensor:
         """u(key) for `block.at`: int8 where the law has whole numbers only, else as drawn."""
@@ -122,6 +136,9 @@ class _Independent(Perturbation):
 
     law: ClassVar[Law]
     gain: ClassVar[float] = 1.0
+
+    def independent(self, block: Block) -> Independent | None:
+        return Independent(self.law, self.gain)
 
     def draw(self, key: Key, block: Block, start: int = 0, stop: int | None = None) -> Tensor:
         low, high, shape = span(block, start, stop)

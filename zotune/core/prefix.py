@@ -39,6 +39,15 @@ def site_free(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
     return list(found.values())
 
 
+def saved(model: nn.Module, view: View) -> float:
+    """The share of a model's bytes that one evaluation has read once for all probes."""
+    return sum(_size(m) for m in view.shared) / max(1, _size(model))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
 @contextmanager
 def sharing(modules: Sequence[nn.Module], view: View) -> Iterator[None]:
     """Let these modules compute one copy of the batch while no site has run."""
@@ -67,6 +76,7 @@ def _once(module: nn.Module, view: View, copies: int) -> Callable[..., Any]:
         def again(value: Any) -> Any:
             return torch.cat([value] * copies) if _stacked(value, first) else value
 
+        view.shared.append(module)
         args, kwargs = pytree.tree_map(cut, (args, kwargs))
         return pytree.tree_map(again, own(*args, **kwargs))
 

@@ -22,6 +22,14 @@ Grads = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
+class Elementwise:
+    """A step that each number of g gives by itself: size * g, or size * sign(g)."""
+
+    size: float
+    sign: bool = False
+
+
+@dataclass(frozen=True)
 class Rule(ABC):
     """What is subtracted from a block.
 
@@ -41,6 +49,11 @@ class Rule(ABC):
         """Fresh state tensors for gradients of this shape: the block's, or its coordinates'."""
         return {}
 
+    def elementwise(self, lr: float) -> Elementwise | None:
+        """The same step as a kernel may take it without g as a tensor; None if there is more to
+        it."""
+        return None
+
     @abstractmethod
     def step(
         self, grads: Grads, state: dict[str, Tensor], t: int, lr: float, block: Block, start: int
@@ -52,6 +65,9 @@ class Rule(ABC):
 @dataclass(frozen=True)
 class SGD(Rule):
     """step = lr g."""
+
+    def elementwise(self, lr: float) -> Elementwise | None:
+        return Elementwise(lr)
 
     def step(
         self, grads: Grads, state: dict[str, Tensor], t: int, lr: float, block: Block, start: int
@@ -82,6 +98,9 @@ class MomentumSGD(Rule):
 class SignSGD(Rule):
     """step = lr sign(g); elements with g = 0 stay."""
 
+    def elementwise(self, lr: float) -> Elementwise | None:
+        return Elementwise(lr, sign=True)
+
     def step(
         self, grads: Grads, state: dict[str, Tensor], t: int, lr: float, block: Block, start: int
     ) -> Tensor:
@@ -96,6 +115,9 @@ class GridSign(Rule):
     """
 
     relative: bool = True
+
+    def elementwise(self, lr: float) -> Elementwise | None:
+        return Elementwise(max(lr // 1, 1.0) if lr else 0.0, sign=True) if self.relative else None
 
     def step(
         self, grads: Grads, state: dict[str, Tensor], t: int, lr: float, block: Block, start: int

@@ -25,6 +25,7 @@ from zotune.core.noise import Key
 from zotune.core.perturbation import Perturbation
 from zotune.core.probe import Probe
 from zotune.errors import ZotuneError
+from zotune.quant.kernels import has_triton
 
 
 class StackingError(ZotuneError):
@@ -56,6 +57,8 @@ class View:
     focus: Part | None = None
     places: Sequence[int] | None = None
     visited: set[str] = field(default_factory=set)
+    shared: list[nn.Module] = field(default_factory=list)
+    table: Tensor | None = None
     _scratch: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
@@ -70,6 +73,22 @@ class View:
         if not self.lanes:
             return [Part(p, None) for p in probes]
         return [Part(p, b) for p in probes for b in range(self.examples)]
+
+    @property
+    def paired(self) -> bool:
+        """Whether probes come in twos that share a direction."""
+        keys = [probe.key for probe in self.probes]
+        return len(keys) % 2 == 0 and keys[::2] == keys[1::2]
+
+    def index(self, part: Part) -> int:
+        """The place of a part among all parts."""
+        return part.probe * (self.examples if self.lanes else 1) + (part.lane or 0)
+
+    def streams(self, device: torch.device) -> Tensor:
+        """Key and step of every part as a GPU's kernels read them, one table for all sites."""
+        if self.table is None or self.table.device != device:
+            self.table = streams(self, device)
+        return self.table
 
     def lane_key(self, probe: Probe, lane: int) -> Key:
         """The key of one example's own direction."""
@@ -96,6 +115,12 @@ class View:
         probe = self.probes[part.probe]
         if probe.step == 0:
             return block.value()
+        if has_triton(block.device.type):
+            from zotune.core import forwards_triton
+
+            found = forwards_triton.points(self, block, part)
+            if found is not None:
+                return found[0]
         return block.at(self.direction(block, probe, part.lane), probe.step)
 
     @contextmanager
@@ -121,6 +146,18 @@ class View:
             yield
         finally:
             self.focus = before
+
+
+def streams(view: View, device: torch.device | str) -> Tensor:
+    """The table (parts, 6) of `noise_triton.table`: one row per part, its weight the step."""
+    from zotune.core import noise_triton
+
+    keys, steps = [], []
+    for probe in view.probes:
+        lanes = range(view.examples) if view.lanes else (None,)
+        keys += [probe.key if lane is None else view.lane_key(probe, lane) for lane in lanes]
+        steps += [probe.step] * len(lanes)
+    return noise_triton.table(keys, steps, [0] * len(keys), torch.device(device))
 
 
 @dataclass(frozen=True)

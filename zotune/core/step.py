@@ -26,6 +26,7 @@ from zotune.core.perturbation import Perturbation
 from zotune.core.probe import Losses, Probe
 from zotune.core.space import Space
 from zotune.core.subspace import Subspace
+from zotune.core.sweep import Sweeps
 from zotune.errors import BadInput
 
 RUN = 1 << 20  # elements of g alive at once: the largest scratch of an update
@@ -80,6 +81,7 @@ class Tuner:
         self.evaluator, self.record, self.total = evaluator, record, total
         self.done = 0
         self.applied = 0
+        self.sweeps = Sweeps()
         window = max(stage.rule.window for stage in method.stages)
         self.recent: deque[Estimate] = deque(maxlen=window)
         for block in space:
@@ -154,8 +156,10 @@ class Tuner:
             self.recent.appendleft(estimate)
             self.applied += 1
             self.now.perturbation.leave_(self.active, estimate)
+            swept = self.sweeps(self.active, self.now, estimate, report.lr)
             for block in self.active:
-                self._move_(block, report.lr, estimate.key, before)
+                if block.name not in swept:
+                    self._move_(block, report.lr, estimate.key, before)
             self.now.perturbation.learn_(self.active, estimate)
         self.done += 1
         return report
@@ -196,19 +200,19 @@ class Tuner:
         if block.exact:
             unit = part(block.reach, start, stop, block.rows)
             return past.exact[block.name][start:stop] * unit / block.eps_ratio
-        return self.now.perturbation.combine(past.keys, _weights(past, block), block, start, stop)
+        return self.now.perturbation.combine(past.keys, past.weights(block), block, start, stop)
 
     def _inner(self, block: Block, key: Key, k: int) -> Tensor:
         """The coordinates of g from k steps ago, in the subspace of `key`."""
         directions, past = self.now.perturbation, self.recent[k]
         assert isinstance(directions, Subspace)
-        z = directions.combine_inner(past.keys, _weights(past, block), block)
+        z = directions.combine_inner(past.keys, past.weights(block), block)
         return directions.carry(z, block, past.key, key)
 
     @torch.no_grad()
     def estimated(self, block: Block, estimate: Estimate) -> Tensor:
         """g of a probed block, in its own unit: float32, block-shaped."""
-        weights = _weights(estimate, block)
+        weights = estimate.weights(block)
         return self.now.perturbation.combine(estimate.keys, weights, block, 0, block.rows)
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -264,11 +268,6 @@ def _inner(perturbation: Perturbation, block: Block) -> tuple[int, ...] | None:
     if block.exact or not isinstance(perturbation, Subspace):
         return None
     return perturbation.inner(block)
-
-
-def _weights(estimate: Estimate, block: Block) -> list[float]:
-    share = 1.0 / (len(estimate.keys) * block.eps_ratio)
-    return [c * share for c in estimate.coefficients]
 
 
 def _scaled(step: Tensor, stride: Tensor | float, start: int, stop: int, block: Block) -> Tensor:

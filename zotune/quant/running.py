@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from zotune.errors import BadInput
 from zotune.quant import kernels
+from zotune.quant.kernels.choice import chosen
 from zotune.quant.layer import QuantLayer
 
 log = logging.getLogger("zotune")
@@ -44,9 +46,18 @@ def kernels_of(model: nn.Module, gradient: bool = False) -> dict[str, str]:
 
 
 def _chosen(layer: QuantLayer, gradient: bool) -> str:
+    """The kernel, and the ways that it has been found to go fastest for layers of this size."""
     x = torch.empty(0, device=layer.scale.device, requires_grad=gradient)
     with torch.set_grad_enabled(gradient):
-        return kernels.chosen(x, layer.scale, layer.zero, layer.bias)
+        name = kernels.chosen(x, layer.scale, layer.zero, layer.bias)
+    if name not in kernels.WAYS or not layer.scheme.integer_inputs:
+        return name
+    size = (layer.rows, layer.columns, layer.scheme.bits)
+    found: dict[Any, str] = dict(chosen())
+    ways = {way for (key, _), way in found.items() if key[2:] == size}
+    if forced := kernels.forced_way():
+        ways = {forced}
+    return "/".join([name, *filter(None, ["+".join(sorted(ways))])])
 
 
 @contextmanager
@@ -57,12 +68,11 @@ def forced_kernel(name: str | None) -> Iterator[None]:
     Raises:
         BadInput: there is none of that name, or this machine lacks what it is made with.
     """
-    try:
-        if name is not None:
-            kernels.kernel(name)
-    except ImportError as error:
-        raise BadInput(f"kernel {name!r} needs {error.name}, which is not installed") from error
-    with kernels.force(name):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(kernels.force(name))
+        except ImportError as error:
+            raise BadInput(f"kernel {name!r} needs {error.name}, which is not installed") from error
         yield
 
 

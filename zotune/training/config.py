@@ -96,8 +96,8 @@ class TrainConfig:
         scheme: quantize the float model while loading, such as "int4-g64".
         dtype: of float tensors: "auto", "float32", "bfloat16" or "float16".
         compute_dtype: of quantized layers' products: "auto", "float32" or "bfloat16".
-        kernel: the kernel of every quantized layer: "reference", "cpu" or "triton"; chosen by
-            device when null.
+        kernel: the kernel of every quantized layer: "reference", "cpu", "triton", or with the way
+            it goes, "cpu/vnni"; chosen by device and speed when null.
         device: where the model runs, such as "cpu" or "cuda".
         threads: CPU threads; torch's own choice when null.
         journal_sync: bring the journal to the disk every so many steps.

@@ -43,11 +43,11 @@ class Diagnostics:
             out["signal"] = fmean(self.signals[self._seen :])
             self._seen = len(self.signals)
         if self.codes and self._steps > self._noted:
-            moved = sum(b.moved for b in self.codes)
+            moved = int(sum(b.moved for b in self.codes))
             out["codes_moved"] = moved / sum(b.numel for b in self.codes)
             out["codes_moved"] /= self._steps - self._noted
             for block in self.codes:
-                block.moved = 0
+                block.forget_moved_()
         if self.cosine is not None:
             out["gradient_cosine"], self.cosine = self.cosine, None
         self._noted = self._steps

@@ -34,8 +34,8 @@ KERNELS: Final[dict[str, str]] = {
     "cpu": "zotune.quant.kernels.cpu",
     "triton": "zotune.quant.kernels.triton",
 }
-# Of layers whose activations are rounded to int8: see `rounded.py`.
-WAYS: Final[dict[str, tuple[str, ...]]] = {"cpu": ("vnni", "onednn", "dequantized")}
+# Ways that a kernel goes: see `rounded.py` and `bf16.py`.
+WAYS: Final[dict[str, tuple[str, ...]]] = {"cpu": ("vnni", "onednn", "bf16", "dequantized")}
 _forced: ContextVar[str | None] = ContextVar("zotune_kernel", default=None)
 _forced_way: ContextVar[str | None] = ContextVar("zotune_kernel_way", default=None)
 

@@ -1,8 +1,8 @@
-"""Fast forward on CPUs: compiled dequantization into a scratch, or integer products.
+"""Fast forward on CPUs, and the scratch that a layer is dequantized into where need be.
 
-Without quantized activations the codes are unpacked, scaled and rounded to the product's dtype in
-one pass over memory, into a scratch the size of one layer, and `F.linear` does the rest. With int8
-activations `rounded.py` takes over.
+`parts.py` has the layer at one point or several; `bf16.py`, `vnni.py` and `rounded.py` the products
+that need no scratch. Else codes are unpacked, scaled and rounded to the product's dtype in one pass
+over memory, into a scratch the size of one layer, and torch's product does the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import threading
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zotune.quant.kernels import compiled, refuse_gradient
@@ -43,17 +42,12 @@ def linear(
         BadInput: if a gradient is wanted; this kernel has none.
     """
     refuse_gradient("cpu", x, scale, zero, bias)
-    dtype = compute_dtype or x.dtype
-    if not scheme.integer_inputs:
-        weight = weight_scratch(
-            codes, scale, zero, scheme.bits, x.shape[-1], dtype, scheme.group_size
-        )
-        return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
-    from zotune.quant.kernels import rounded
+    from zotune.quant.kernels import parts
+    from zotune.quant.kernels.rounded import Point
 
-    out = x.new_empty(1, x.numel() // x.shape[-1] if x.shape[-1] else 0, len(codes))
-    point = rounded.Point(codes, scale, zero, bias)
-    rounded.linear_(out, x.reshape(1, -1, x.shape[-1]), [point], scheme, dtype, same_codes=True)
+    rows = x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
+    point = Point(codes, scale, zero, bias)
+    out = parts.linear(rows, [point], len(codes), scheme, compute_dtype, same_codes=True)
     return out.view(*x.shape[:-1], len(codes))
 
 

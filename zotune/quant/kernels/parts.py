@@ -6,12 +6,13 @@ are written into one tensor. Every number is that of the layer's own forward on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from zotune.quant.kernels import cpu, rounded
+from zotune.quant import kernels
+from zotune.quant.kernels import bf16, cpu, rounded
 from zotune.quant.kernels.rounded import Point
 from zotune.quant.scheme import Scheme
 
@@ -40,18 +41,36 @@ def linear(
 
     x is what the layer's `inputs` gives. `points` are used one after the other, so that each may
     lie in the scratch of the one before. With `same_codes` they differ in nothing but scale, zero
-    and bias, and one integer product serves all of them.
+    and bias, and what codes alone decide is done once for all of them.
     """
     dtype = compute_dtype or x.dtype
     out = x.new_empty(*x.shape[:-1], outputs)
+    batches = [list(points)] if same_codes else ([point] for point in points)
     if scheme.integer_inputs:
-        return rounded.linear_(out, x, points, scheme, dtype, same_codes)
+        return rounded.linear_(out, x, batches, scheme, dtype)
+    first = 0
+    for batch in batches:
+        here = slice(first, first + len(batch))
+        _meet_(out[here], x[here], batch, scheme, dtype)
+        first = here.stop
+    return out
+
+
+def _meet_(
+    out: Tensor, x: Tensor, points: Sequence[Point], scheme: Scheme, dtype: torch.dtype
+) -> None:
+    codes = points[0].codes
+    in_registers = dtype == torch.bfloat16 and bf16.fits(codes, scheme, x.shape[-1])
+    if in_registers and out.numel() and kernels.forced_way() != "dequantized":
+        y = _as(out, torch.float32)
+        bf16.product_(y, x, codes, *rounded.stacked(points), scheme.bits)
+        out.copy_(y)
+        return
     for target, source, point in zip(out, x.to(dtype), points, strict=True):
         y = _as(target, dtype)
         bias = None if point.bias is None else point.bias.to(dtype)
         product_(y, source, _weight(point, scheme, dtype, x.shape[-1]), bias)
         target.copy_(y)
-    return out
 
 
 def _as(target: Tensor, dtype: torch.dtype) -> Tensor:

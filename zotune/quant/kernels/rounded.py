@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zotune.quant import kernels
-from zotune.quant.kernels import compiled, cpu, integer_matmul, vnni
+from zotune.quant.kernels import compiled, cpu, integer_matmul, panels, vnni
 from zotune.quant.kernels.choice import fastest
 from zotune.quant.kernels.threads import parallel_ranges
 from zotune.quant.scheme import Scheme
@@ -40,7 +40,7 @@ class Point(NamedTuple):
 
 class Rows(NamedTuple):
     """Rounded activations: codes int8 (rows, columns), scale float32 (rows, 1), and the codes' sums
-    by group, int32 (rows, groups). Behind the last row lie `vnni.ROWS` - 1 more, of zeros."""
+    by group, int32 (rows, groups). Behind the last row lie `panels.ROWS` - 1 more, of zeros."""
 
     codes: Tensor
     scale: Tensor
@@ -48,65 +48,61 @@ class Rows(NamedTuple):
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows start:stop; what lies behind them is another part's, or the zeros."""
-        return Rows(*(t[start : stop + vnni.ROWS - 1] for t in self))
+        return Rows(*(t[start : stop + panels.ROWS - 1] for t in self))
 
 
 def linear_(
     out: Tensor,
     x: Tensor,
-    points: Iterable[Point],
+    batches: Iterable[Sequence[Point]],
     scheme: Scheme,
     dtype: torch.dtype,
-    same_codes: bool = False,
 ) -> Tensor:
-    """out[p] = x[p] by the layer at points[p]; x (parts, tokens, in), out (parts, tokens, outputs).
-
-    Points are used one after the other, so that each may lie in the scratch of the one before; with
-    `same_codes`, which says that they share their codes, all at once.
-    """
+    """out[p] = x[p] by the layer at the p-th point; x (parts, tokens, in), out (parts, tokens,
+    outputs). Points of a batch share their codes."""
     if out.numel() == 0:
         return out
     tokens, columns = x.shape[1:]
-    rows = round_rows(x.flatten(0, 1), scheme.scale_shape(out.shape[-1], columns)[-1])
+    even = scheme.group_size is not None and columns % scheme.group_size == 0
+    rows = round_rows(x.flatten(0, 1), columns // (scheme.group_size or columns) if even else 1)
     y = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    if same_codes:
-        _meet_(y, rows, list(points), scheme, dtype)
-    else:
-        for p, point in enumerate(points):
-            _meet_(y[p : p + 1], rows.part(p * tokens, (p + 1) * tokens), [point], scheme, dtype)
+    first = 0
+    for batch in batches:
+        last = first + len(batch)
+        _meet_(y[first:last], rows.part(first * tokens, last * tokens), batch, scheme, dtype)
+        first = last
     return out if y is out else out.copy_(y)
 
 
 def _meet_(
     out: Tensor, rows: Rows, points: Sequence[Point], scheme: Scheme, dtype: torch.dtype
 ) -> None:
-    """All points of one code tensor by the way that is forced, or fastest of those that can."""
-    codes, groups = points[0].codes, rows.sums.shape[-1]
+    """By the way that is forced, or fastest of those that can."""
+    codes, columns = points[0].codes, rows.codes.shape[-1]
     ways = {}
-    if vnni.fits(codes, scheme.bits, rows.codes.shape[-1], groups):
-        ways["vnni"] = lambda: _vnni_(out, rows, points, scheme.bits)
-    if groups == 1 and not codes.is_floating_point():
+    if vnni.fits(codes, scheme, columns):
+        ways["vnni"] = lambda: vnni.product_(out, *rows, codes, *stacked(points), scheme.bits)
+    if scheme.group_size is None and not codes.is_floating_point():
         ways["onednn"] = lambda: _onednn_(out, rows, points, scheme.bits)
     if not ways or kernels.forced_way() == "dequantized":
         ways = {"dequantized": lambda: _dequantized_(out, rows, points, scheme, dtype)}
-    size = (1 << (rows.codes.shape[0].bit_length()), *out.shape[::2], rows.codes.shape[-1])
-    ways[fastest((*size, scheme.bits), ways, kernels.forced_way())]()
+    size = (1 << len(rows.codes).bit_length(), len(out), out.shape[-1], columns, scheme.bits)
+    ways[fastest(size, ways, kernels.forced_way())]()
 
 
-def _vnni_(out: Tensor, rows: Rows, points: Sequence[Point], bits: int) -> None:
-    values = (_stacked([getattr(p, name) for p in points]) for name in ("scale", "zero", "bias"))
-    scale, zero, bias = values
+def stacked(points: Sequence[Point]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scale and zero of all points (points, outputs, groups), bias (points, outputs, 1)."""
+    scale, zero, bias = (
+        _stack([getattr(p, name) for p in points]) for name in ("scale", "zero", "bias")
+    )
     assert scale is not None
-    vnni.product_(out, *rows, points[0].codes, scale, zero, bias, bits)
+    return scale, zero, bias
 
 
-def _stacked(values: Sequence[Tensor | None]) -> Tensor | None:
-    """Values of all points, (points, rows, groups); of a bias (points, rows, 1)."""
+def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
     each = [v.detach().float() for v in values if v is not None]
-    if not each:
-        return None
     each = [v.reshape(-1, 1) if v.dim() == 1 else v for v in each]
-    return torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
+    return torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0) if each else None
 
 
 def _onednn_(out: Tensor, rows: Rows, points: Sequence[Point], bits: int) -> None:
@@ -142,7 +138,7 @@ def round_rows(x: Tensor, groups: int = 1) -> Rows:
     """x (rows, columns) on int8, a scale per row: the numbers of `reference.quantize_rows`."""
     x = x.detach().float().contiguous()
     count, columns = x.shape
-    held = count + vnni.ROWS - 1
+    held = count + panels.ROWS - 1
     codes = torch.empty(held, columns, dtype=torch.int8)
     scale, sums = torch.zeros(held, 1), torch.zeros(held, groups, dtype=torch.int32)
     codes[count:] = 0

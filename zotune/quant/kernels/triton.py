@@ -23,118 +23,19 @@ from torch import Tensor
 
 from zotune.quant.codebooks import TABLES
 from zotune.quant.kernels import reference, refuse_gradient
+from zotune.quant.kernels.directions import Drawn
+from zotune.quant.kernels.product import product
+from zotune.quant.packing import packed_columns
 from zotune.quant.scheme import Scheme
 
-_jit: Any = triton.jit
 # The interpreter's products take the bits of a bfloat16 for a whole number.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MOST = 65534  # parts of one launch: a GPU's limit, made even
 DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
 }
-
-
-@_jit
-def _codes(
-    at, inside, table, plane: tl.constexpr, bits: tl.constexpr, lookup: tl.constexpr
-):  # fmt: skip
-    """One tile of codes: numbers of a table, or whole or fractional codes, centred."""
-    q = tl.load(at, inside, other=0)
-    if bits < 8:
-        q = (q.to(tl.int32) >> (plane * bits)) & ((1 << bits) - 1)
-        if lookup:
-            return tl.load(table + q)
-        return q - (1 << (bits - 1))
-    return q
-
-
-@_jit
-def _weight(q, scale, zero, at, ok, zeroed: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """(codes - zero) * scale, rounded to the product's dtype."""
-    q = q.to(tl.float32)
-    if zeroed:
-        q -= tl.load(zero + at, ok, other=0.0)
-    return (q * tl.load(scale + at, ok, other=0.0)).to(dtype)
-
-
-@_jit
-def _product(x, q, scale, zero, at, ok, acc, uniform: tl.constexpr, zeroed: tl.constexpr,
-             integer: tl.constexpr, dtype: tl.constexpr, held: tl.constexpr):  # fmt: skip
-    """acc + x @ w.T for one tile and one part."""
-    if integer:
-        sums = tl.dot(x, tl.trans(q.to(tl.int8))).to(tl.float32)
-        return acc + sums * tl.trans(tl.load(scale + at, ok, other=0.0))
-    w = _weight(q, scale, zero, at, ok, zeroed, dtype).to(held)
-    if x.dtype.is_int():
-        x = x.to(tl.float32)
-    return tl.dot(x.to(dtype).to(held), tl.trans(w), acc, input_precision="ieee")
-
-
-@_jit
-def _finish(acc, out, x_scale, bias, m, n, tokens, outputs, rounded: tl.constexpr,
-            biased: tl.constexpr):  # fmt: skip
-    """Row scales, bias, and the tile into memory."""
-    if rounded:
-        acc = acc * tl.load(x_scale + m, m < tokens, other=0.0)[:, None]
-    if biased:
-        acc += tl.load(bias + n, n < outputs, other=0.0)[None, :]
-    inside = (m < tokens)[:, None] & (n < outputs)[None, :]
-    tl.store(out + m[:, None] * outputs + n[None, :], acc.to(out.dtype.element_ty), inside)
-
-
-@_jit
-def _linear(
-    x, x_scale, codes, scale, zero, bias, table, out,
-    tokens, outputs, columns, width, groups, group, row, scale_part, zero_part, bias_part,
-    bits: tl.constexpr, planes: tl.constexpr, parts: tl.constexpr, uniform: tl.constexpr,
-    zeroed: tl.constexpr, biased: tl.constexpr, lookup: tl.constexpr, rounded: tl.constexpr,
-    integer: tl.constexpr, dtype: tl.constexpr, held: tl.constexpr,
-    bm: tl.constexpr, bn: tl.constexpr, bk: tl.constexpr,
-):  # fmt: skip
-    """out[p] = x[p] @ ((codes - zero[p]) * scale[p]).T for parts p of this program.
-
-    A row of codes has `row` elements; plane k of `planes` holds the columns from k * width on.
-    `uniform`: every tile of `bk` columns lies in one group.
-    """
-    m = tl.program_id(0) * bm + tl.arange(0, bm).to(tl.int64)
-    n = tl.program_id(1) * bn + tl.arange(0, bn).to(tl.int64)
-    p = tl.program_id(2) * parts
-    x += p.to(tl.int64) * tokens * columns
-    out += p.to(tl.int64) * tokens * outputs
-    x_scale += p * tokens
-    scale += p * scale_part
-    zero += p * zero_part
-    bias += p * bias_part
-    first = tl.zeros((bm, bn), tl.float32)
-    second = first
-    for plane in tl.static_range(planes):
-        for start in range(0, width, bk):
-            byte = start + tl.arange(0, bk)
-            k = plane * width + byte
-            ok = (byte < width) & (k < columns)
-            here = (n < outputs)[:, None] & ok[None, :]
-            q = _codes(codes + n[:, None] * row + byte[None, :], here, table, plane, bits, lookup)
-            if uniform:
-                # A last tile may lie in the padding behind the last group.
-                at = n[:, None] * groups + tl.minimum((plane * width + start) // group, groups - 1)
-                valid = (n < outputs)[:, None]
-            else:
-                at = n[:, None] * groups + (k // group)[None, :]
-                valid = here
-            tile = (m < tokens)[:, None] & ok[None, :]
-            source = x + m[:, None] * columns + k[None, :]
-            first = _product(tl.load(source, tile, other=0.0), q, scale, zero, at, valid, first,
-                             uniform, zeroed, integer, dtype, held)  # fmt: skip
-            if parts == 2:
-                source += tokens * columns
-                second = _product(tl.load(source, tile, other=0.0), q, scale + scale_part,
-                                  zero + zero_part, at, valid, second, uniform, zeroed, integer,
-                                  dtype, held)  # fmt: skip
-    _finish(first, out, x_scale, bias, m, n, tokens, outputs, rounded, biased)
-    if parts == 2:
-        _finish(second, out + tokens * outputs, x_scale + tokens, bias + bias_part, m, n, tokens,
-                outputs, rounded, biased)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -193,6 +94,7 @@ def stacked(
     bias: Tensor | None,
     scheme: Scheme,
     compute_dtype: torch.dtype | None = None,
+    drawn: Drawn | None = None,
 ) -> Tensor:
     """One layer at several points that share their codes, which are unpacked once for two of them.
 
@@ -200,12 +102,16 @@ def stacked(
         x: (parts, tokens, in), as the layer's `inputs` gives it.
         codes: packed (out, bytes) or one number per weight (out, in).
         scale, zero, bias: (parts or 1, ...): each part's own, or one for all.
+        drawn: directions that move the scales of each part, drawn where they are used; for
+            at most MOST parts that share their scales, where `uniform` says so.
 
     Returns:
         (parts, tokens, out) in x's dtype.
     """
     parts, tokens, columns = x.shape
     outputs = codes.shape[0]
+    if parts > MOST:
+        return _in_runs(x, codes, scale, zero, bias, scheme, compute_dtype)
     out = x.new_empty(parts, tokens, outputs)
     if out.numel() == 0:
         return out
@@ -220,18 +126,60 @@ def stacked(
     dtype = DTYPES[compute_dtype or x.dtype]
     scales = _wide(scale, outputs)
     zeros, biases = (scales if t is None else _wide(t, outputs) for t in (zero, bias))
-    bm, both = min(64, max(16, triton.next_power_of_2(tokens))), 2 - parts % 2
-    _linear[triton.cdiv(tokens, bm), triton.cdiv(outputs, 64), parts // both](
+    tensors, numbers, constants = _arguments(drawn, scales)
+    each = 1 if drawn is None else drawn.lanes
+    most = 32 if dtype == tl.float32 else 64  # float32 needs twice the registers
+    bm, bn, bk = min(most, max(16, triton.next_power_of_2(tokens))), most, min(most, bk)
+    both = 2 - parts // each % 2
+    product[triton.cdiv(tokens, bm), triton.cdiv(outputs, bn), parts // both](
         inputs, x_scale, codes, scales, zeros, biases, _table(scheme, x.device), out,
-        tokens, outputs, columns, layout.width, scales.shape[-1], group, codes.shape[1],
-        _step(scales), _step(zeros), _step(biases),
+        *tensors, tokens, outputs, columns, layout.width, scales.shape[-1], group, codes.shape[1],
+        _step(scales), _step(zeros), _step(biases), *numbers,
         bits=layout.bits, planes=layout.planes, parts=both, uniform=uniform,
         zeroed=zero is not None, biased=bias is not None, lookup=layout.lookup,
         rounded=scheme.integer_inputs,
         integer=scheme.integer_inputs and whole and uniform and zero is None,
-        dtype=dtype, held=tl.float32 if INTERPRETED else dtype, bm=bm, bn=64, bk=bk,
+        dtype=dtype, held=tl.float32 if INTERPRETED else dtype, bm=bm, bn=bn, bk=bk,
+        drawn=drawn is not None, shared=drawn is not None and drawn.shared,
+        **constants,
     )  # fmt: skip
     return out
+
+
+def _in_runs(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+    scheme: Scheme, compute_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """More parts than one launch takes."""
+    runs = []
+    for start in range(0, len(x), MOST):
+        here = slice(start, start + MOST)
+        own = [t if t is None or len(t) == 1 else t[here] for t in (scale, zero, bias)]
+        assert own[0] is not None
+        runs.append(stacked(x[here], codes, own[0], own[1], own[2], scheme, compute_dtype))
+    return torch.cat(runs)
+
+
+def uniform(scheme: Scheme, columns: int, groups: int) -> bool:
+    """Whether a kernel can draw the directions of such a layer's scales where it uses them: no
+    tile of codes straddles two groups.
+
+    >>> uniform(Scheme.parse("int4-g128"), 5120, 40), uniform(Scheme.parse("int4-g24"), 48, 2)
+    (True, False)
+    """
+    layout = Layout(8, 1, columns)
+    if scheme.bits in (2, 4):
+        layout = Layout(scheme.bits, 8 // scheme.bits, packed_columns(scheme.bits, columns))
+    return layout.tile(scheme.group_size or -(-columns // groups), columns)[1]
+
+
+def _arguments(drawn: Drawn | None, scales: Tensor) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """Tensors, numbers and constants of the directions that the kernel draws, if any."""
+    if drawn is None:
+        law = {"law": 0, "gain": 1.0, "spread": False, "bounded": False}
+        return [scales, scales], [1, 1, 0, 0, 0, 0.0, 0.0], {**law, "enable_fp_fusion": False}
+    reach = scales if drawn.reach is None else drawn.reach
+    return [drawn.streams, reach], [drawn.over, drawn.lanes, *drawn.numbers], drawn.constants
 
 
 def _wide(values: Tensor, outputs: int) -> Tensor:

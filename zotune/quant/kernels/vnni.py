@@ -13,19 +13,17 @@ packed ones are stored, and sums begin at -2^(bits - 1) sum(x) instead of 0.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 from torch import Tensor
 
-from zotune.quant.kernels.threads import parallel_ranges
+from zotune.quant.kernels import panels
+from zotune.quant.kernels.panels import PANEL, ROWS, VECTORS, columns_of, lay
 from zotune.quant.kernels.vectors import (
     BYTE,
     FLOAT,
@@ -36,17 +34,9 @@ from zotune.quant.kernels.vectors import (
     Code,
     processor_has,
 )
-from zotune.quant.packing import WIDTHS
+from zotune.quant.scheme import Scheme
 
-ROWS = 6  # rows of activations in a tile: with 4 vectors each, 24 of 32 registers hold sums
-VECTORS = 4
-PANEL = LANES * VECTORS
-
-_inlined: Any = njit(nogil=True, cache=True, forceinline=True)
 _compiled: Any = njit(nogil=True, cache=True)
-_f, _i = np.float32, np.int32
-_CHUNK = 192  # rows of a task at least: laying a panel takes as long as 20 rows do
-_TASK = 1 << 20  # multiplications that a thread should have at least
 
 
 def available() -> bool:
@@ -142,40 +132,6 @@ def _tile_of(zeroed: bool) -> Any:
 _tile, _tile_zero = _tile_of(False), _tile_of(True)
 
 
-@_inlined
-def _lay(panel, words, layout, first, width, steps):  # type: ignore[no-untyped-def]
-    """The codes of outputs first, first + 1, ... as the tile reads them, unsigned.
-
-    layout: a row (bits, shift, first word, codes per plane) for each part of a packed code
-    (`zotune.quant.packing`); none for int8 codes.
-    """
-    for k in range(steps):
-        to = panel[k * PANEL : (k + 1) * PANEL]
-        if layout.shape[0] == 0:
-            for c in range(width):
-                to[c] = words[first + c, k] ^ _i(-2139062144)  # 0x80808080
-            continue
-        for part in range(layout.shape[0]):
-            bits, shift, begin, size = layout[part]
-            plane = 4 * k // size
-            at = begin + (4 * k - plane * size) // 4
-            mask = _i(0x01010101) * _i((1 << bits) - 1)
-            down = _i(plane * bits)
-            for c in range(width):
-                few = _i(_i(_i(words[first + c, at] >> down) & mask) << _i(shift))
-                to[c] = few if part == 0 else to[c] | few
-
-
-@_inlined
-def _columns(to, values, part, first, width):  # type: ignore[no-untyped-def]
-    """to[g, c] = values[part, first + c, g]: the scales of a panel, outputs side by side."""
-    source = values[part if values.shape[0] > 1 else 0]
-    for c in range(width):
-        row = source[first + c if source.shape[0] > 1 else 0]
-        for g in range(row.shape[0]):
-            to[g, c] = row[g]
-
-
 @_compiled
 def _product(out, x, x_scale, x_sums, tokens, words, layout, offset, scale, zero, bias, chunk,
             start, stop):  # type: ignore[no-untyped-def]  # fmt: skip
@@ -200,12 +156,12 @@ def _product(out, x, x_scale, x_sums, tokens, words, layout, offset, scale, zero
         first = (task // (parts * chunks)) * PANEL
         width = min(PANEL, outputs - first)
         if first != laid:
-            _lay(panel, words, layout, first, width, columns // 4)
+            lay(panel, words, layout, first, width, columns // 4)
             for p in range(parts):
-                _columns(scales[p], scale, p, first, width)
-                _columns(biases[p], bias, p, first, width)
+                columns_of(scales[p], scale, p, first, width)
+                columns_of(biases[p], bias, p, first, width)
                 if zeroed:
-                    _columns(zeros[p], zero, p, first, width)
+                    columns_of(zeros[p], zero, p, first, width)
             laid = first
         p = task // chunks % parts
         low = p * tokens + (task % chunks) * chunk
@@ -225,14 +181,9 @@ def _product(out, x, x_scale, x_sums, tokens, words, layout, offset, scale, zero
                     out[row + r, first : first + width] = edge[r * PANEL : r * PANEL + width]
 
 
-def fits(codes: Tensor, bits: int, columns: int, groups: int) -> bool:
-    """Whether layers of such codes can go this way: whole groups of four columns, and for packed
-    codes planes of whole words."""
-    if not available() or columns % (4 * groups) or codes.is_floating_point():
-        return False
-    if codes.dtype == torch.int8:
-        return True
-    return codes.dtype == torch.uint8 and -(-columns // 8) * min(WIDTHS[bits]) % 4 == 0
+def fits(codes: Tensor, scheme: Scheme, columns: int) -> bool:
+    """Whether layers of such codes can go this way here."""
+    return available() and panels.fits(codes, scheme, columns)
 
 
 def product_(
@@ -256,34 +207,14 @@ def product_(
         bias: (parts, outputs, 1), or None.
     """
     parts, tokens, outputs = out.shape
-    nothing = torch.zeros(1, 1, 1)
-    numbers = [nothing if t is None else t for t in (scale, zero, bias)]
-    scales, zeros, biases = (t.contiguous().numpy() for t in numbers)
-    packed = codes.dtype == torch.uint8
-    layout = _layout(bits if packed else 8, x.shape[-1])
-    offset = 1 << ((bits if packed else 8) - 1)
-    words = codes.contiguous().view(torch.int32).numpy()
     target, data = out.view(-1, outputs).numpy(), x.contiguous().numpy()
     factors, sums = x_scale.view(-1).numpy(), x_sums.numpy()
-    panels = -(-outputs // PANEL)
-    chunk = max(_CHUNK, -(-tokens * panels // (4 * torch.get_num_threads())))
-    chunk = min(tokens, -(-chunk // ROWS) * ROWS)
-    tasks = panels * parts * -(-tokens // chunk)
-    parallel_ranges(
-        lambda start, stop: _product(
-            target, data, factors, sums, tokens, words, layout, offset, scales,
-            zeros if zero is not None else zeros[:0], biases, chunk, start, stop,
-        ),
-        tasks,
-        max(1, _TASK // (chunk * PANEL * x.shape[-1])),
-    )  # fmt: skip
+    scales, zeros, biases = panels.numbers(scale, zero, bias)
+    zeros = zeros if zero is not None else zeros[:0]
+    words, layout, offset = panels.Laying.of(codes, bits, x.shape[-1])
 
+    def work(chunk: int, start: int, stop: int) -> None:
+        _product(target, data, factors, sums, tokens, words, layout, offset, scales, zeros, biases,
+                 chunk, start, stop)  # fmt: skip
 
-@cache
-def _layout(bits: int, columns: int) -> NDArray[np.int64]:
-    """Where the parts of a packed code lie in a row: see `_lay`."""
-    rows, begin, shift, eighth = [], 0, 0, -(-columns // 8)
-    for width in WIDTHS.get(bits, ()):
-        rows.append((width, shift, begin // 4, eighth * width))
-        begin, shift = begin + eighth * width, shift + width
-    return np.array(rows, np.int64).reshape(-1, 4)
+    panels.in_tasks(work, parts, tokens, outputs, x.shape[-1])
