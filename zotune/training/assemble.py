@@ -36,6 +36,7 @@ from zotune.training.opening import (
     open_task,
     train_split,
 )
+from zotune.training.streaming import Streaming
 
 log = logging.getLogger("zotune")
 OBSERVED = 256  # training examples that a space may look at before it is built
@@ -59,6 +60,7 @@ class Bench:
     added: dict[str, Tensor]
     before: dict[str, float]
     freezing: Freezing | None = None
+    streaming: Streaming | None = None
 
     @property
     def space(self) -> Space:
@@ -111,7 +113,10 @@ def assemble(
     task = task or open_task(config)
     train_split(task)
     privacy.check(method, task, config)
-    loaded = open_model(config, model)
+    streaming = Streaming.of(config, method, model)
+    loaded = open_model(config, model, None if streaming is None else streaming.store)
+    if streaming is not None:
+        streaming.begin_(loaded.model)
     base = fingerprint(loaded.model)
     if journal is not None:
         check_base(journal, base)
@@ -137,6 +142,8 @@ def assemble(
     else:
         before = journal.header["before"]
         space = rebuild_space(prepared, spec, journal)
+    if streaming is not None:
+        streaming.own_(space, method)
     added = {
         name: tensor.detach().clone()
         for name, tensor in all_tensors(prepared).items()
@@ -159,6 +166,9 @@ def assemble(
     bench = Bench(
         config, loaded, base, task, prepared, method, spec, evaluator, tuner, batches, added, before
     )
+    if streaming is not None and isinstance(tuner, Tuner):
+        bench.streaming = streaming
+        streaming.serve_(tuner)
     if plan is not None and isinstance(batches, Batches):
         bench.freezing = Freezing(plan, config, task, prepared, tuner, batches)
     if bench.private:
