@@ -204,12 +204,12 @@ class Tuner:
 
     @torch.no_grad()
     def _move_left_(self, blocks: Sequence[Block]) -> None:
-        (step, *how), done = self._turn, self.done
+        (step, lr, key, before), done = self._turn, self.done
         self.done = step  # the method whose turn it was
         for block in blocks:
             if self.elsewhere is not None:
                 self.elsewhere.visit(block)
-            self._move_(block, *how)
+            self._move_(block, lr, key, before)
             del self.left[block.name]
         self.done = done
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 
-import torch
 from torch import Tensor
 
 from zotune.core.block import Block, FloatBlock

@@ -37,6 +37,7 @@ from zotune.training.opening import (
     train_split,
 )
 from zotune.training.streaming import Streaming
+from zotune.training.streaming import check as check_streamed
 
 log = logging.getLogger("zotune")
 OBSERVED = 256  # training examples that a space may look at before it is built
@@ -113,7 +114,9 @@ def assemble(
     task = task or open_task(config)
     train_split(task)
     privacy.check(method, task, config)
-    streaming = Streaming.of(config, method, model)
+    streaming = Streaming.of(config, model)
+    if streaming is not None:
+        check_streamed(config, method, model)
     loaded = open_model(config, model, None if streaming is None else streaming.store)
     if streaming is not None:
         streaming.begin_(loaded.model)

@@ -83,8 +83,8 @@ class TrainConfig:
             of the features, times `growth` at each further freeze point.
         cache_similarity: channels whose maps, transformed, are less alike than this to the maps of
             transformed images are cached in transformed copies; -1 caches none of them.
-        stream: bring the model's layers into memory one after the other, from the checkpoint's files
-            and a work file; "auto" does so where the model would not fit. Same results, bit for bit.
+        stream: bring layers into memory one after the other, from the checkpoint's files and a work
+            file; "auto" does so where the model would not fit. Same results, bit for bit.
         memory_limit: bytes of the model in memory at once, such as "2GB"; what is free when null.
             Given alone, it means stream="auto".
         offload_folder: where the work file is made: as large as what is tuned or must be converted;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class EvalConfig:
         device: where the model runs.
         threads: CPU threads.
         trust_remote_code: let Python files of the checkpoint run.
+        stream: bring layers into memory one after the other; "auto" where the model would not fit.
+        memory_limit: bytes of the model in memory at once, such as "2GB"; what is free when null.
+        offload_folder: where what must be converted lies meanwhile.
     """
 
     model_name_or_path: str = ""
@@ -47,3 +50,6 @@ class EvalConfig:
     device: str = "cpu"
     threads: int | None = None
     trust_remote_code: bool = False
+    stream: bool | Literal["auto"] = False
+    memory_limit: str | None = None
+    offload_folder: str | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
@@ -23,6 +25,7 @@ from zotune.models.streaming import Store, Stream
 from zotune.quant.formats.folder import WEIGHTS
 from zotune.training.config import TrainConfig
 from zotune.training.freezing.plan import parse_bytes
+from zotune.training.settings import EvalConfig
 
 log = logging.getLogger("zotune")
 _FITS = 0.8  # of what is free: batches and activations want the rest
@@ -39,23 +42,17 @@ class Streaming:
 
     @classmethod
     def of(
-        cls, config: TrainConfig, method: AnyMethod, model: nn.Module | Loaded | None
+        cls, config: TrainConfig | EvalConfig, model: nn.Module | Loaded | None
     ) -> Streaming | None:
-        """What the configuration asks for; None where the model is simply in memory.
-
-        Raises:
-            BadInput: something that cannot be streamed, before anything is loaded.
-        """
-        free = int(psutil.virtual_memory().available * _FITS)
-        limit = free if config.memory_limit is None else parse_bytes(
-            config.memory_limit, "memory_limit"
-        )  # fmt: skip
+        """What the configuration asks for; None where the model is simply in memory."""
+        limit = int(psutil.virtual_memory().available * _FITS)
+        if config.memory_limit is not None:
+            limit = parse_bytes(config.memory_limit, "memory_limit")
         auto = config.stream == "auto" or (config.memory_limit is not None and not config.stream)
         if not config.stream and not auto:
             return None
         if auto and model_bytes(config, model) <= limit:
             return None
-        check(config, method, model)
         return cls(Store(config.offload_folder), limit)
 
     def begin_(self, model: nn.Module) -> None:
@@ -63,10 +60,18 @@ class Streaming:
         self.stream = Stream(model, self.store, self.limit)
         layers = sum(unit.layer for unit in self.stream.units)
         log.info(
-            "streaming %d layers, %s bytes; at most two at a time in memory: %s bytes; work file: "
-            "%s bytes", layers, f"{self.stream.size:,}", f"{self.stream.need:,}",
-            f"{self.store.written:,}",
+            "streaming %d layers, %s bytes, of which %s at most are in memory; work file: %s bytes",
+            layers, f"{self.stream.size:,}", f"{self.stream.need:,}", f"{self.store.written:,}",
         )  # fmt: skip
+
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[None]:
+        """`begin_`, and `close` at the end."""
+        self.begin_(model)
+        try:
+            yield
+        finally:
+            self.close()
 
     def own_(self, space: Space, method: AnyMethod) -> None:
         """What is tuned moves to where it may be written.
@@ -97,7 +102,11 @@ class Streaming:
 
 
 def check(config: TrainConfig, method: AnyMethod, model: nn.Module | Loaded | None) -> None:
-    """Refuse what needs the whole model at once."""
+    """Refuse what needs the whole model at once, before anything is loaded.
+
+    Raises:
+        BadInput: naming it.
+    """
     backprop = isinstance(method, Backprop)
     for asked, what in (
         (backprop, f"method {method.name} goes back through all layers"),
@@ -109,7 +118,7 @@ def check(config: TrainConfig, method: AnyMethod, model: nn.Module | Loaded | No
             raise BadInput(f"{what}, which a streamed model does not allow; drop it, or --stream")
 
 
-def model_bytes(config: TrainConfig, model: nn.Module | Loaded | None) -> int:
+def model_bytes(config: TrainConfig | EvalConfig, model: nn.Module | Loaded | None) -> int:
     """Bytes of a model: of its files, or of its tensors where it is in memory already."""
     if model is not None:
         inner = model.model if isinstance(model, Loaded) else model
@@ -131,7 +140,7 @@ def bytes_per_number(method: Method) -> int:
     """
     count = 1000
     block = FloatBlock.of("block", torch.zeros(100, 10))
-    kept = []
+    kept = list[torch.Tensor]()
     for stage in method.stages:
         kept += stage.rule.state(block, block.shape).values()
         kept += stage.perturbation.states(Space([block])).get("block", {}).values()

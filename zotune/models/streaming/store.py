@@ -41,15 +41,21 @@ class Place:
     offset: int
     writable: bool
 
+    def ask(self) -> None:
+        """Let the system begin to read it."""
+        _advise(self, _WILL_NEED)
+
     def bring(self) -> None:
-        """Read it into memory, if it is not there."""
-        _advise(self, _WILL_NEED)  # all of it is asked for at once, then waited for
+        """Have it in memory."""
         _advise(self, _POPULATE_READ)
 
-    def let_go(self, forget: bool = False) -> None:
-        """Leave memory; what was written is kept. `forget`: the system need not cache it either."""
+    def let_go(self) -> None:
+        """Leave this process's memory; what was written is kept."""
         _advise(self, _DONT_NEED)
-        if forget and hasattr(os, "posix_fadvise"):
+
+    def forget(self) -> None:
+        """Leave the system's cache as well."""
+        if hasattr(os, "posix_fadvise"):
             with suppress(OSError):
                 os.posix_fadvise(self.file, self.offset, self.size, os.POSIX_FADV_DONTNEED)
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from zotune.errors import BadInput
 from zotune.models.cut import layers_of
-from zotune.models.streaming.store import Store
+from zotune.models.streaming.store import Place, Store
 from zotune.models.streaming.sweeper import Sweeper
+
+_SHARE = 0.75  # of the limit: activations and one layer's perturbed values want the rest
 
 
 class Unit:
@@ -28,7 +30,7 @@ class Unit:
     def __init__(self, path: str, module: nn.Module, layer: bool, store: Store) -> None:
         self.path, self.module, self.layer, self.store = path, module, layer, store
         self.tensors: list[Tensor] = []
-        self.forget = False  # whether the system need not cache what has left
+        self.held = False  # whether it stays in memory, for which there is room
         self.written = False  # whether something was moved since it came
 
     @property
@@ -40,20 +42,29 @@ class Unit:
         known = {id(t) for t in self.tensors}
         self.tensors += [t for t in tensors if id(t) not in known and self.store.place(t)]
 
+    @property
+    def places(self) -> list[Place]:
+        found = (self.store.place(t) for t in self.tensors)
+        return [place for place in found if place is not None]
+
+    def ask(self) -> None:
+        """Let the system begin to read it."""
+        for place in self.places:
+            place.ask()
+
     def fetch(self) -> None:
         """Read it; a thread does so ahead of time."""
-        for tensor in self.tensors:
-            if (place := self.store.place(tensor)) is not None:
-                place.bring()
+        for place in self.places:
+            place.bring()
 
     def arrive(self) -> None:
         """It is about to be used."""
 
     def leave(self) -> None:
         """It is not used any more."""
-        for tensor in self.tensors:
-            if (place := self.store.place(tensor)) is not None:
-                place.let_go(self.forget)
+        for place in self.places if not self.held else ():
+            place.let_go()
+            place.forget()
         self.written = False
 
 
@@ -61,11 +72,11 @@ class Stream:
     """Brings the units of one model into memory as its forwards come to them.
 
     model: its tensors are moved to `store` where they do not lie there yet. limit: bytes of the
-    model that may be in memory, those that the system caches included. `arrived` is called with
-    each unit that a forward enters, before it runs.
+    model that may be in memory, those that the system caches included; None for all. `arrived` is
+    called with each unit that a forward enters, before it runs.
 
     Raises:
-        BadInput: the model has no row of layers, or two of its units exceed the limit.
+        BadInput: the model has no row of layers, or three of its units exceed the limit.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> stream = Stream(model, Store())
@@ -79,13 +90,13 @@ class Stream:
     ) -> None:
         self.model, self.store = model, store
         self.units = units_of(model, store, kind)
-        self.need = sum(sorted(u.size for u in self.units)[-2:])
+        self.limit = limit
         if limit is not None and self.need > limit:
             raise BadInput(
-                f"two layers of this model at once take {self.need:,} bytes, more than "
-                f"memory_limit={limit:,}; raise it"
+                f"three layers of this model at once (the one that runs and the next two) take "
+                f"{self.need:,} bytes, more than memory_limit={limit:,}; raise it"
             )
-        self._cache(limit)
+        self._hold()
         self.arrived: Callable[[Unit], None] = _nobody
         self.inside: Unit | None = None
         self.visited: set[Unit] = set()
@@ -106,6 +117,13 @@ class Stream:
         """Bytes of all that is streamed."""
         return sum(unit.size for unit in self.units)
 
+    @property
+    def need(self) -> int:
+        """The most bytes that forwards have in memory: what stays, one unit that runs, and two
+        that are read ahead."""
+        passing = sorted(unit.size for unit in self.units if not unit.held)
+        return sum(unit.size for unit in self.units if unit.held) + sum(passing[-3:])
+
     def visit(self, unit: Unit) -> None:
         """Have a unit in memory, whatever else was there may go."""
         if unit is self.inside:
@@ -122,7 +140,7 @@ class Stream:
 
     def sweep(self) -> None:
         """Let go of what other readers of the model have left in memory."""
-        used = [self.inside, *self.coming]
+        used = [self.inside, *self.coming, *(u for u in self.units if u.held)]
         busy = {t.data_ptr() for unit in used if unit is not None for t in unit.tensors}
         for address, place in list(self.store.places.items()):
             if address not in busy:
@@ -165,16 +183,19 @@ class Stream:
             unit.leave()
 
     def _fetch(self, unit: Unit) -> None:
-        if unit not in self.coming:
-            self.coming[unit] = self.thread.submit(unit.fetch)
+        if unit in self.coming:
+            return
+        unit.ask()
+        self.after[unit].ask()  # the disk has work while this one is waited for
+        self.coming[unit] = self.thread.submit(unit.fetch)
 
-    def _cache(self, limit: int | None) -> None:
-        """The system may cache the first units, as far as the limit goes: who reads in circles
-        finds nothing of what was cached last."""
-        room = float("inf") if limit is None else limit - self.need
+    def _hold(self) -> None:
+        """The first units stay, as far as the limit goes. Always the same ones: who reads in
+        circles through a cache of the latest finds nothing in it."""
+        room = float("inf") if self.limit is None else _SHARE * self.limit - self.need
         for unit in self.units:
             room -= unit.size
-            unit.forget = room < 0
+            unit.held = room >= 0
 
 
 def units_of(model: nn.Module, store: Store, kind: type[Unit] = Unit) -> list[Unit]:

@@ -66,8 +66,8 @@ from zotune.quant.formats.tensors import quantization, read_json
 from zotune.quant.layer import QuantLayer
 
 __all__ = [
-    "ByLayer", "Format", "SelfContained", "Shelf", "Source", "SourceFormat", "Wrapper", "detect", "formats",
-    "home_of", "read", "round_to_storage_", "set_source_", "source_of", "write",
+    "ByLayer", "Format", "SelfContained", "Shelf", "Source", "SourceFormat", "Wrapper", "detect",
+    "formats", "home_of", "read", "round_to_storage_", "set_source_", "source_of", "write",
 ]  # fmt: skip
 
 
