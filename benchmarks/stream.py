@@ -2,20 +2,25 @@
 
     python benchmarks/stream.py
 
-A random Llama with int8 codes is made in a temporary folder and trained by `zotune train --stream`
-in a process of its own. What a visit must cost is its bytes at the rate at which this machine reads
-the same file, measured in the same process; the batch is small, so that reading is what counts.
+A random Llama of int8 codes is made in a temporary folder and trained by `train(stream=True)`, each
+time in a process of its own: from the disk, from memory (files in /dev/shm, as on a machine whose
+GPU is smaller than its memory), and as a whole in memory. What a visit of all layers must cost is
+the bytes read in it at the rate at which plain reads of the same files go; the batch is small, so
+that reading counts. What the network itself takes is seen in the run in memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,19 +35,20 @@ from torch.nn import functional as F
 from benchmarks import process
 from benchmarks.harness import Row, begin, parser, report
 
-LARGER = 4.0  # times the limit
-OVER_READING = 1.3
+LARGER, OVER_READING = 4.0, 1.3
 SCHEME = "int8-channel-a8"
 KINDS: dict[str, dict[str, Any]] = {
     "qzo": {"method": "qzo", "space": "scales"},
     "zoqo": {"method": "zoqo", "space": "codes"},
 }
+RUNS = ("qzo/disk", "qzo/memory", "qzo/resident", "zoqo/disk", "zoqo/resident")
+MEMORY = Path("/dev/shm")
 
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     assert __doc__ is not None
-    flags = parser(__doc__, hidden=2048, layers=22, tokens=8, steps=6, limit=300)
-    flags.add_argument("--measure", help="numbers of one run, as JSON: KIND/SOURCE")
+    flags = parser(__doc__, hidden=2048, layers=23, tokens=8, steps=4, limit=300)
+    flags.add_argument("--measure", choices=RUNS, help="numbers of one run, as JSON")
     flags.add_argument("--folder", type=Path, help="where the model and the work file lie")
     return flags.parse_args(words)
 
@@ -53,12 +59,16 @@ def main(words: Sequence[str] | None = None) -> None:
     if given.measure:
         print(json.dumps(measure(*given.measure.split("/"), given)))
         return
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        size = make(Path(folder) / "model", given)
-        found = {}
-        for name in ("qzo/disk", "qzo/cache", "zoqo/disk", "qzo/resident"):
-            found[name] = apart(name, Path(folder), given)
-            print(name, found[name], flush=True)
+    found = dict[str, Any]()
+    with tempfile.TemporaryDirectory(dir=given.folder) as disk:
+        size = make(Path(disk) / "model", given)
+        for name in RUNS:
+            if not name.endswith("/memory"):
+                found[name] = apart(name, disk, given)
+                continue
+            with tempfile.TemporaryDirectory(dir=MEMORY) as memory:
+                shutil.copytree(Path(disk) / "model", Path(memory) / "model")
+                found[name] = apart(name, memory, given)
     report("stream", rows(found, size, given), given, runs=found, model_bytes=size)
 
 
@@ -102,49 +112,60 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 def measure(kind: str, source: str, given: argparse.Namespace) -> dict[str, Any]:
     """Seconds per step and peak memory of one run, what it reads, and how fast that can be read."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     from zotune.training import TrainConfig, train
     from zotune.training.objective import Objective
 
-    from transformers import LlamaConfig, LlamaForCausalLM
+    examples = [{"input_ids": torch.randint(4096, (given.tokens,))} for _ in range(4)]
+    task = Objective(loss, examples, examples[:1])
+    where = {"offload_folder": str(given.folder), "stream": source != "resident"}
 
-    rows = [{"input_ids": torch.randint(4096, (given.tokens,))} for _ in range(4)]
-    files = sorted((given.folder / "model").glob("*.safetensors"))
-    seen: list[tuple[float, int]] = []
-
-    def options(out: str, **more: Any) -> TrainConfig:
+    def config(name: str, **more: Any) -> TrainConfig:
         return TrainConfig(
-            output_dir=str(given.folder / out), per_device_train_batch_size=1, threads=given.threads,
-            save_steps=0, report_to="none", show_progress=False, journal_sync=1000, **KINDS[kind],
-            **more,
+            output_dir=str(given.folder / f"{name}-{kind}-{source}"), save_steps=0,
+            per_device_train_batch_size=1, threads=given.threads, report_to="none",
+            show_progress=False, journal_sync=1000, **where, **KINDS[kind], **more,
         )  # fmt: skip
 
-    small = LlamaConfig(vocab_size=4096, hidden_size=64, intermediate_size=128,
-                        num_hidden_layers=2, num_attention_heads=2)  # fmt: skip
-    train(options(f"warm-{kind}-{source}", max_steps=2, scheme=SCHEME, stream=source != "resident"),
-          model=LlamaForCausalLM(small), task=Objective(loss, rows, rows[:1]))  # fmt: skip
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    small = LlamaForCausalLM(LlamaConfig(vocab_size=4096, num_attention_heads=2, **sizes))
+    train(config("warm", max_steps=2, scheme=SCHEME), model=small, task=task)
     empty = process.resident()
-    rate = reading_rate(files, source)
+    files = sorted((given.folder / "model").glob("*.safetensors"))
+    rate = max(reading_rate(files, source) for _ in range(3))
+    watch = watcher()
     process.reset_peak()
-    streamed = {"stream": True, "offload_folder": str(given.folder)}
-    if source == "disk":
-        streamed["memory_limit"] = f"{given.limit}MB"
-    config = options(
-        f"run-{kind}-{source}", max_steps=given.steps, model_name_or_path=str(given.folder / "model"),
-        **({} if source == "resident" else streamed),
-    )  # fmt: skip
-    train(config, task=Objective(loss, rows, rows[:1]), callbacks=[watch(seen)])
-    steps = [b[0] - a[0] for a, b in zip(seen, seen[1:], strict=False)]
-    read = [b[1] - a[1] for a, b in zip(seen, seen[1:], strict=False)]
-    return {"seconds": median(steps), "peak": process.peak() - empty, "empty": empty,
-            "read": median(read), "rate": rate}  # fmt: skip
+    limit = {} if source == "resident" else {"memory_limit": f"{given.limit}MB"}
+    folder = str(given.folder / "model")
+    train(config("run", max_steps=given.steps, model_name_or_path=folder, **limit), task=task,
+          callbacks=[watch])  # fmt: skip
+    return {"seconds": median(b - a for a, b in pairwise(watch.times)),
+            "peak": process.peak() - empty, "empty": empty, "rate": rate,
+            "from_disk": median(b - a for a, b in pairwise(watch.read)),
+            "passing": watch.passing}  # fmt: skip
 
 
-def watch(seen: list[tuple[float, int]]) -> Any:
+def watcher() -> Any:
     from transformers import TrainerCallback
 
+    from zotune.models.streaming import Stream
+
     class Watch(TrainerCallback):  # type: ignore[misc]
+        """When each step ended, what it read from the disk, and what of the model passes by."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+            self.read: list[int] = []
+            self.passing = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            streams = [found for found in gc.get_objects() if isinstance(found, Stream)]
+            self.passing = sum(u.size for s in streams[-1:] for u in s.units if not u.held)
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seen.append((time.perf_counter(), bytes_from_disk()))
+            self.times.append(time.perf_counter())
+            self.read.append(bytes_from_disk())
 
     return Watch()
 
@@ -178,8 +199,8 @@ def chunks(files: Sequence[Path]) -> Iterator[int]:
                 yield count
 
 
-def apart(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    words = ["--measure", name, "--folder", str(folder)]
+def apart(name: str, folder: str, given: argparse.Namespace) -> dict[str, Any]:
+    words = ["--measure", name, "--folder", folder]
     for key in ("threads", "hidden", "layers", "tokens", "steps", "limit"):
         words += [f"--{key}", str(getattr(given, key))]
     found: dict[str, Any] = process.measured_apart("benchmarks.stream", words, timeout=3600)
@@ -188,8 +209,26 @@ def apart(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 def rows(found: dict[str, dict[str, Any]], size: int, given: argparse.Namespace) -> list[Row]:
     limit = given.limit * 1e6
-    out = [Row("model / memory allowed", size / limit, "x", f"{limit / 1e6:.0f} MB", LARGER,
-               at_least=True)]  # fmt: skip
+    allowed = f"{given.limit} MB beside the empty process"
+    out = [Row("model / memory allowed", size / limit, "x", allowed, LARGER, at_least=True)]
+    for name, run in found.items():
+        kind, source = name.split("/")
+        whole = found[f"{kind}/resident"]
+        if source == "resident":
+            out.append(Row(f"{name}: a step", whole["seconds"], "s"))
+            out.append(Row(f"{name}: peak", run["peak"] / limit, "x", allowed))
+            continue
+        read = run["from_disk"] if source == "disk" else run["passing"]
+        reading = read / run["rate"]
+        words = f"{read / 1e6:,.0f} MB read at {run['rate'] / 1e9:.2f} GB/s"
+        out.append(Row(f"{name}: peak", run["peak"] / limit, "x", allowed, 1.0))
+        target = OVER_READING if kind == "qzo" else None
+        out.append(Row(f"{name}: a step / reading", run["seconds"] / reading, "x", words, target))
+        longer = max(reading, whole["seconds"])
+        out.append(Row(f"{name}: a step / the longer of reading and computing",
+                       run["seconds"] / longer, "x", f"{longer:.3g} s"))  # fmt: skip
+        out.append(Row(f"{name}: a step / a step in memory", run["seconds"] / whole["seconds"],
+                       "x", f"{whole['seconds']:.3g} s"))  # fmt: skip
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import toys
@@ -16,6 +18,7 @@ from zotune.core.space import SpaceSpec
 from zotune.core.step import Tuner
 from zotune.core.streaming import StreamedBlocks
 from zotune.models.streaming import Store, Stream
+from zotune.models.streaming.device import DeviceUnit
 from zotune.quant import quantize_model_
 from zotune.training import privacy
 
@@ -74,6 +77,32 @@ def test_every_method_moves_as_it_does_in_memory(
     late.settle_()
     assert toys.digest(model) == toys.digest(streamed)
     stream.close()
+
+
+@pytest.mark.parametrize("space", ["weights", "scales", "codes", "lora", "adapter"])
+@pytest.mark.parametrize("held", [False, True])
+def test_layers_that_are_copied_to_where_they_run_move_as_in_memory(
+    space: str, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a GPU's layers, with the CPU in its place."""
+    name = "zo-sign" if space == "codes" else "zo-adam"
+    model, tuner, _ = tuner_for(name, space, False)
+    real = Stream.__init__
+
+    def copying(self: Stream, model: nn.Module, store: Store, limit: int | None) -> None:
+        real(self, model, store, limit, partial(DeviceUnit, device=torch.device("cpu")))
+        for unit in self.units:
+            unit.held = held
+
+    monkeypatch.setattr(Stream, "__init__", copying)
+    streamed, late, stream = tuner_for(name, space, True)
+    assert stream is not None
+    for number in range(STEPS):
+        assert step(tuner, number) == step(late, number)
+    late.settle_()
+    stream.close()
+    assert all(stream.store.place(t) for u in stream.units for t in u.tensors)
+    assert toys.digest(model) == toys.digest(streamed)
 
 
 @pytest.mark.parametrize("space", ["weights", "scales", "codes", "lora", "norms"])

@@ -196,9 +196,10 @@ class Tuner:
             self._move_left_([self.left[name] for name in names if name in self.left])
 
     def _waiting(self) -> Set[str]:
-        """Blocks that may be moved later: none where the directions learn from the moved ones."""
-        kind = type(self.now.perturbation)
-        if self.elsewhere is None or kind.learn_ is not Perturbation.learn_:
+        """Blocks that may be moved later: none where directions are measured anew by the next
+        forwards, or learn from the moved blocks."""
+        learns = type(self.now.perturbation).learn_ is not Perturbation.learn_
+        if self.elsewhere is None or learns or not self.method.replayable:
             return frozenset()
         return self.elsewhere.waiting()
 

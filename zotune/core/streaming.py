@@ -26,6 +26,13 @@ class StreamedBlocks:
 
     def __init__(self, space: Space, stream: Stream) -> None:
         self.stream = stream
+        stream.park()
+        for each in stream.units:  # adapters have been hung on layers meanwhile
+            inside = (*each.module.parameters(), *each.module.buffers())
+            for tensor in inside:
+                if stream.store.place(tensor) is None and tensor.device.type == "cpu":
+                    stream.store.own_(tensor)
+            each.add_(inside)
         by_module = {id(m): unit for unit in stream.units for m in unit.module.modules()}
         self.units: dict[str, Unit] = {}
         self.names: dict[Unit, list[str]] = {}
@@ -36,20 +43,23 @@ class StreamedBlocks:
                 self.units[block.name] = unit
                 if unit.layer:
                     self.names.setdefault(unit, []).append(block.name)
+                unit.followers.append(block.follow_)
+                block.device = stream.device
             for owner in block.owners:
-                stream.store.own_(owner.tensor)
-                if unit is not None:
-                    unit.add_([owner.tensor])
+                if owner.tensor.device.type == "cpu":
+                    stream.store.own_(owner.tensor)
             block.follow_()
 
     def serve_(self, tuner: Tuner) -> None:
         """From now on this tuner's layers are moved as they arrive, and what a method keeps of a
         block comes and goes with it."""
+        self.stream.park()
         for block in tuner.space:
             unit = self.units.get(block.name)
             for tensor in kept_of(tuner, block) if unit is not None else ():
-                self.stream.store.own_(tensor)
-                unit.add_([tensor])  # type: ignore[union-attr]
+                if large(tensor) or self.stream.device.type != "cpu":
+                    self.stream.store.own_(tensor)
+                    unit.add_([tensor])  # type: ignore[union-attr]
         tuner.elsewhere = self
         self.stream.arrived = lambda unit: tuner.arrived_(self.names.get(unit, ()))
 
@@ -68,14 +78,13 @@ class StreamedBlocks:
 
 
 def kept_of(tuner: Tuner, block: Block) -> Iterator[Tensor]:
-    """The tensors of more than a page that go with a block: its units, its master, its memory,
-    the rule's state."""
+    """The tensors that go with a block: its units, its master, its memory, the rule's state."""
     held = [block.unit, block.reach, block.stride, *block.memory.values()]
     if isinstance(block, FloatBlock) and block.master.dtype != block.tensor.dtype:
         held.append(block.master)
     for state in tuner.state.values():
         held += state.get(block.name, {}).values()
-    return (t for t in held if isinstance(t, Tensor) and large(t))
+    return (t for t in held if isinstance(t, Tensor))
 
 
 def large(tensor: Tensor) -> bool:

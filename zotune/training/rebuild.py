@@ -71,7 +71,7 @@ def replay(
     module = model if isinstance(model, nn.Module | Loaded) else None
     where = EvalConfig(
         "" if module is not None else str(model), trust_remote_code=trust_remote_code,
-        stream=stream, memory_limit=memory_limit, offload_folder=offload_folder,
+        device=device, stream=stream, memory_limit=memory_limit, offload_folder=offload_folder,
     )  # fmt: skip
     streaming = Streaming.of(where, module)
     loaded = _base(journal, model, device, trust_remote_code, streaming)

@@ -37,6 +37,7 @@ class Streaming:
 
     store: Store
     limit: int
+    device: str = "cpu"
     stream: Stream | None = None
     blocks: StreamedBlocks | None = field(default=None, repr=False)
 
@@ -53,11 +54,11 @@ class Streaming:
             return None
         if auto and model_bytes(config, model) <= limit:
             return None
-        return cls(Store(config.offload_folder), limit)
+        return cls(Store(config.offload_folder), limit, config.device)
 
     def begin_(self, model: nn.Module) -> None:
         """Layers come and go from now on."""
-        self.stream = Stream(model, self.store, self.limit)
+        self.stream = Stream(model, self.store, self.limit, device=self.device)
         layers = sum(unit.layer for unit in self.stream.units)
         log.info(
             "streaming %d layers, %s bytes, of which %s at most are in memory; work file: %s bytes",

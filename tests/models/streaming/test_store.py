@@ -95,7 +95,7 @@ def test_a_full_disk_is_said_before_a_page_is_written(monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ZotuneError, match="No space left.*offload_folder"):
+    with pytest.raises(ZotuneError, match=r"No space left.*offload_folder"):
         Store().put(torch.ones(3))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,9 +39,8 @@ class Spy(Unit):
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _fresh() -> None:
     Spy.here, Spy.most, Spy.order = set(), 0, []
-    yield
 
 
 def tight(model: nn.Module) -> int:

@@ -30,6 +30,7 @@ class Unit:
     def __init__(self, path: str, module: nn.Module, layer: bool, store: Store) -> None:
         self.path, self.module, self.layer, self.store = path, module, layer, store
         self.tensors: list[Tensor] = []
+        self.followers: list[Callable[[], None]] = []  # told when tensors have other storage
         self.held = False  # whether it stays in memory, for which there is room
         self.written = False  # whether something was moved since it came
 
@@ -73,7 +74,8 @@ class Stream:
 
     model: its tensors are moved to `store` where they do not lie there yet. limit: bytes of the
     model that may be in memory, those that the system caches included; None for all. `arrived` is
-    called with each unit that a forward enters, before it runs.
+    called with each unit that a forward enters, before it runs. device: where the model runs; what
+    is no layer stays there, where it is a GPU.
 
     Raises:
         BadInput: the model has no row of layers, or three of its units exceed the limit.
@@ -86,10 +88,17 @@ class Stream:
     """
 
     def __init__(
-        self, model: nn.Module, store: Store, limit: int | None = None, kind: type[Unit] = Unit
+        self,
+        model: nn.Module,
+        store: Store,
+        limit: int | None = None,
+        kind: Callable[..., Unit] | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
-        self.model, self.store = model, store
-        self.units = units_of(model, store, kind)
+        self.model, self.store, self.device = model, store, torch.device(device)
+        self.units = units_of(model, store, kind or self._kind())
+        if self.device.type != "cpu":
+            self._keep_beside()
         self.limit = limit
         if limit is not None and self.need > limit:
             raise BadInput(
@@ -138,6 +147,15 @@ class Stream:
         """Nothing is used now; what has been fetched for the next forward stays."""
         self._let_go()
 
+    def park(self) -> None:
+        """Everything at home, also what may stay: somebody changes where tensors lie."""
+        self.rest()
+        self._keep_only(None)
+        for unit in self.units:
+            held, unit.held = unit.held, False
+            unit.leave()
+            unit.held = held
+
     def sweep(self) -> None:
         """Let go of what other readers of the model have left in memory."""
         used = [self.inside, *self.coming, *(u for u in self.units if u.held)]
@@ -149,8 +167,7 @@ class Stream:
     def close(self) -> None:
         """The model is an ordinary one again, its tensors still in their files."""
         self.sweeper.stop()
-        self.rest()
-        self._keep_only(None)
+        self.park()
         for handle in self.handles:
             handle.remove()
         self.thread.shutdown()
@@ -189,6 +206,24 @@ class Stream:
         self.after[unit].ask()  # the disk has work while this one is waited for
         self.coming[unit] = self.thread.submit(unit.fetch)
 
+    def _kind(self) -> Callable[..., Unit]:
+        if self.device.type == "cpu":
+            return Unit
+        from zotune.models.streaming.device import DeviceUnit
+
+        return partial(DeviceUnit, device=self.device)
+
+    def _keep_beside(self) -> None:
+        """What is no layer lies on the device for good, and what layers share with it."""
+        inside = {id(t) for u in self.units if u.layer for t in u.tensors}
+        beside = {id(t): t for u in self.units if not u.layer for t in u.tensors}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if id(tensor) not in inside or id(tensor) in beside:
+                tensor.data = tensor.data.to(self.device)
+        self.units = [unit for unit in self.units if unit.layer]
+        for unit in self.units:
+            unit.tensors = [t for t in unit.tensors if id(t) not in beside]
+
     def _hold(self) -> None:
         """The first units stay, as far as the limit goes. Always the same ones: who reads in
         circles through a cache of the latest finds nothing in it."""
@@ -198,7 +233,7 @@ class Stream:
             unit.held = room >= 0
 
 
-def units_of(model: nn.Module, store: Store, kind: type[Unit] = Unit) -> list[Unit]:
+def units_of(model: nn.Module, store: Store, kind: Callable[..., Unit]) -> list[Unit]:
     """The layers and the largest modules beside them, with their tensors in the store."""
     layers = layers_of(model)
     if not layers:
