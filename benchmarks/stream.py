@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,7 +46,7 @@ MEMORY = Path("/dev/shm")
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     assert __doc__ is not None
-    flags = parser(__doc__, hidden=2048, layers=23, tokens=8, steps=4, limit=300)
+    flags = parser(__doc__, hidden=2048, layers=23, tokens=8, steps=5, limit=300)
     flags.add_argument("--measure", choices=RUNS, help="numbers of one run, as JSON")
     flags.add_argument("--folder", type=Path, help="where the model and the work file lie")
     return flags.parse_args(words)
@@ -57,7 +56,8 @@ def main(words: Sequence[str] | None = None) -> None:
     given = options(words)
     begin(given)
     if given.measure:
-        print(json.dumps(measure(*given.measure.split("/"), given)))
+        kind, source = given.measure.split("/")
+        print(json.dumps(measure(kind, source, given)))
         return
     found = dict[str, Any]()
     with tempfile.TemporaryDirectory(dir=given.folder) as disk:
@@ -119,7 +119,7 @@ def measure(kind: str, source: str, given: argparse.Namespace) -> dict[str, Any]
 
     examples = [{"input_ids": torch.randint(4096, (given.tokens,))} for _ in range(4)]
     task = Objective(loss, examples, examples[:1])
-    where = {"offload_folder": str(given.folder), "stream": source != "resident"}
+    where: dict[str, Any] = {"offload_folder": str(given.folder), "stream": source != "resident"}
 
     def config(name: str, **more: Any) -> TrainConfig:
         return TrainConfig(
@@ -128,44 +128,44 @@ def measure(kind: str, source: str, given: argparse.Namespace) -> dict[str, Any]
             show_progress=False, journal_sync=1000, **where, **KINDS[kind], **more,
         )  # fmt: skip
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     small = LlamaForCausalLM(LlamaConfig(vocab_size=4096, num_attention_heads=2, **sizes))
     train(config("warm", max_steps=2, scheme=SCHEME), model=small, task=task)
     empty = process.resident()
     files = sorted((given.folder / "model").glob("*.safetensors"))
-    rate = max(reading_rate(files, source) for _ in range(3))
-    watch = watcher()
+    watch = watcher(files, source)
     process.reset_peak()
-    limit = {} if source == "resident" else {"memory_limit": f"{given.limit}MB"}
+    limit: dict[str, Any] = {} if source == "resident" else {"memory_limit": f"{given.limit}MB"}
     folder = str(given.folder / "model")
-    train(config("run", max_steps=given.steps, model_name_or_path=folder, **limit), task=task,
+    train(config("run", max_steps=given.steps if kind == "qzo" else 3, model_name_or_path=folder, **limit), task=task,
           callbacks=[watch])  # fmt: skip
-    return {"seconds": median(b - a for a, b in pairwise(watch.times)),
-            "peak": process.peak() - empty, "empty": empty, "rate": rate,
-            "from_disk": median(b - a for a, b in pairwise(watch.read)),
-            "passing": watch.passing}  # fmt: skip
+    return {"peak": process.peak() - empty, "empty": empty, **watch.found}
 
 
-def watcher() -> Any:
+def watcher(files: Sequence[Path], source: str) -> Any:
     from transformers import TrainerCallback
 
     from zotune.models.streaming import Stream
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        """When each step ended, what it read from the disk, and what of the model passes by."""
+        """Each step's time and bytes read; behind each, how fast the same files can be read."""
 
         def __init__(self) -> None:
-            self.times: list[float] = []
-            self.read: list[int] = []
-            self.passing = 0
+            names = ("seconds", "from_disk", "rate")
+            self.found: dict[str, Any] = {name: [] for name in names}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             streams = [found for found in gc.get_objects() if isinstance(found, Stream)]
-            self.passing = sum(u.size for s in streams[-1:] for u in s.units if not u.held)
+            self.found["passing"] = sum(u.size for s in streams[-1:] for u in s.units if not u.held)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.began, self.read = time.perf_counter(), bytes_from_disk()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.times.append(time.perf_counter())
-            self.read.append(bytes_from_disk())
+            self.found["seconds"].append(time.perf_counter() - self.began)
+            self.found["from_disk"].append(bytes_from_disk() - self.read)
+            if source != "resident":
+                self.found["rate"].append(reading_rate(files, source))
 
     return Watch()
 
@@ -177,18 +177,20 @@ def bytes_from_disk() -> int:
 
 
 def reading_rate(files: Sequence[Path], source: str) -> float:
-    """Bytes per second of plain reads of these files, from the disk or from the system's cache."""
-    if source == "disk":
-        for path in files:
+    """Bytes per second of plain reads of these files, none of them cached but those that lie in
+    memory."""
+
+    def forget() -> None:
+        for path in files if source == "disk" else ():
             with path.open("rb") as file:
-                os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    else:
-        for _ in chunks(files):
-            pass
+
+    forget()
     began = time.perf_counter()
     total = sum(chunks(files))
-    return total / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    forget()
+    return total / seconds
 
 
 def chunks(files: Sequence[Path]) -> Iterator[int]:
@@ -208,28 +210,40 @@ def apart(name: str, folder: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows(found: dict[str, dict[str, Any]], size: int, given: argparse.Namespace) -> list[Row]:
-    limit = given.limit * 1e6
     allowed = f"{given.limit} MB beside the empty process"
-    out = [Row("model / memory allowed", size / limit, "x", allowed, LARGER, at_least=True)]
+    out = [Row("model / memory allowed", size / given.limit / 1e6, "x", allowed, LARGER,
+               at_least=True)]  # fmt: skip
     for name, run in found.items():
         kind, source = name.split("/")
-        whole = found[f"{kind}/resident"]
-        if source == "resident":
-            out.append(Row(f"{name}: a step", whole["seconds"], "s"))
-            out.append(Row(f"{name}: peak", run["peak"] / limit, "x", allowed))
-            continue
-        read = run["from_disk"] if source == "disk" else run["passing"]
-        reading = read / run["rate"]
-        words = f"{read / 1e6:,.0f} MB read at {run['rate'] / 1e9:.2f} GB/s"
-        out.append(Row(f"{name}: peak", run["peak"] / limit, "x", allowed, 1.0))
-        target = OVER_READING if kind == "qzo" else None
-        out.append(Row(f"{name}: a step / reading", run["seconds"] / reading, "x", words, target))
-        longer = max(reading, whole["seconds"])
-        out.append(Row(f"{name}: a step / the longer of reading and computing",
-                       run["seconds"] / longer, "x", f"{longer:.3g} s"))  # fmt: skip
-        out.append(Row(f"{name}: a step / a step in memory", run["seconds"] / whole["seconds"],
-                       "x", f"{whole['seconds']:.3g} s"))  # fmt: skip
+        peak = Row(f"{name}: peak", run["peak"] / given.limit / 1e6, "x", allowed,
+                   None if source == "resident" else 1.0)  # fmt: skip
+        out += [peak, Row(f"{name}: a step", median(run["seconds"]), "s")]
+        if source != "resident":
+            out += against(name, run, median(found[f"{kind}/resident"]["seconds"]))
     return out
+
+
+def against(name: str, run: dict[str, Any], whole: float) -> list[Row]:
+    """A streamed step against what it reads, and against a step of the model in memory (`whole`).
+
+    A rate is measured right behind each step: disks of shared machines change by the second.
+    """
+    disk = name.endswith("/disk")
+    reads = run["from_disk"] if disk else [run["passing"]] * len(run["seconds"])
+    reading = [bytes_ / rate for bytes_, rate in zip(reads, run["rate"], strict=True)]
+    words = f"{median(reads) / 1e6:,.0f} MB at {median(run['rate']) / 1e9:.2f} GB/s"
+
+    def ratio(base: list[float]) -> float:  # the first step still fills caches
+        return median(s / b for s, b in list(zip(run["seconds"], base, strict=True))[1:])
+
+    return [
+        Row(f"{name}: a step / reading", ratio(reading), "x", words,
+            OVER_READING if name.startswith("qzo") else None),
+        Row(f"{name}: a step / the longer of reading and computing",
+            ratio([max(r, whole) for r in reading]), "x", f"a step in memory: {whole:.3g} s"),
+        Row(f"{name}: a step / a step in memory", ratio([whole] * len(reading)), "x",
+            f"a step in memory: {whole:.3g} s"),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ class TrainConfig:
         stream: bring layers into memory one after the other, from the checkpoint's files and a work
             file; "auto" does so where the model would not fit. Same results, bit for bit.
         memory_limit: bytes of the model in memory at once, such as "2GB"; what is free when null.
-            Given alone, it means stream="auto".
+            Activations and one layer's perturbed values come on top. Given alone, it means
+            stream="auto".
         offload_folder: where the work file is made: as large as what is tuned or must be converted;
             a folder in memory (/dev/shm) spares the disk.
         augment: transforms of training images: "flip + shift(pixels=4)".

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from zotune.errors import ZotuneError
 from zotune.models.streaming import Store
-from zotune.models.streaming.store import ALIGNED
+from zotune.models.streaming.store import ALIGNED, bring
 from zotune.quant.formats.shards import entries
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool]
@@ -33,8 +33,7 @@ def test_what_is_put_comes_back_whatever_leaves_memory(
     assert held.dtype == dtype
     assert held.shape == tensor.shape
     if (place := store.place(held)) is not None:
-        place.ask()
-        place.bring()
+        bring([place])
         place.let_go()
         place.forget()
     assert torch.equal(held.view(torch.uint8), tensor.view(torch.uint8)) if shape else True

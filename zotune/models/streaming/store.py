@@ -12,6 +12,7 @@ import mmap
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +27,7 @@ from zotune.quant.formats.shards import Entry, raw_bytes
 
 PAGE: Final = mmap.PAGESIZE
 ALIGNED: Final = 64  # bytes: a BLAS rounds sums in another order elsewhere
-_WILL_NEED, _DONT_NEED, _POPULATE_READ = 3, 4, 22  # Linux's numbers for madvise
+_DONT_NEED, _POPULATE_READ = 4, 22  # Linux's numbers for madvise
 # Nothing is promised for pages that nobody writes: a file may be larger than memory.
 _NO_RESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
@@ -41,12 +42,8 @@ class Place:
     offset: int
     writable: bool
 
-    def ask(self) -> None:
-        """Let the system begin to read it."""
-        _advise(self, _WILL_NEED)
-
     def bring(self) -> None:
-        """Have it in memory."""
+        """Have it in this process's memory."""
         _advise(self, _POPULATE_READ)
 
     def let_go(self) -> None:
@@ -58,6 +55,36 @@ class Place:
         if hasattr(os, "posix_fadvise"):
             with suppress(OSError):
                 os.posix_fadvise(self.file, self.offset, self.size, os.POSIX_FADV_DONTNEED)
+
+
+def bring(places: Sequence[Place]) -> None:
+    """Have these in memory.
+
+    Plain reads come first, neighbours in one go: the system reads ahead of those in larger pieces,
+    and keeps them in larger pages, than of pages that are touched.
+    """
+    held = memoryview(_scratch())
+    for file, start, stop in stretches(places):
+        for here in range(start, stop, len(held)):
+            os.preadv(file, [held[: stop - here]], here)
+    for place in places:
+        place.bring()
+
+
+def stretches(places: Sequence[Place]) -> list[tuple[int, int, int]]:
+    """(file, start, stop) of what lies together, but for a page or less.
+
+    >>> stretches([Place(0, 9, 3, 100, True), Place(0, 5, 3, 60, True), Place(0, 5, 4, 60, True)])
+    [(3, 60, 109), (4, 60, 65)]
+    """
+    found: list[tuple[int, int, int]] = []
+    for place in sorted(places, key=lambda p: (p.file, p.offset)):
+        stop = place.offset + place.size
+        if found and found[-1][0] == place.file and place.offset - found[-1][2] <= PAGE:
+            found[-1] = (place.file, found[-1][1], max(stop, found[-1][2]))
+        else:
+            found.append((place.file, place.offset, stop))
+    return found
 
 
 class Store:
@@ -184,6 +211,12 @@ def _advise(place: Place, advice: int) -> None:
         ctypes.c_void_p(start), ctypes.c_size_t(place.address + place.size - start),
         ctypes.c_int(advice),
     )  # fmt: skip
+
+
+@cache
+def _scratch() -> bytearray:
+    """What is read and not looked at; threads may share it."""
+    return bytearray(8 << 20)
 
 
 @cache

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from zotune.errors import BadInput
 from zotune.models.cut import layers_of
-from zotune.models.streaming.store import Place, Store
+from zotune.models.streaming.store import Place, Store, bring
 from zotune.models.streaming.sweeper import Sweeper
 
-_SHARE = 0.75  # of the limit: activations and one layer's perturbed values want the rest
+_SHARE = 0.5  # of the limit: activations and one layer's perturbed values want the rest
 
 
 class Unit:
@@ -48,15 +48,9 @@ class Unit:
         found = (self.store.place(t) for t in self.tensors)
         return [place for place in found if place is not None]
 
-    def ask(self) -> None:
-        """Let the system begin to read it."""
-        for place in self.places:
-            place.ask()
-
     def fetch(self) -> None:
         """Read it; a thread does so ahead of time."""
-        for place in self.places:
-            place.bring()
+        bring(self.places)
 
     def arrive(self) -> None:
         """It is about to be used."""
@@ -202,8 +196,6 @@ class Stream:
     def _fetch(self, unit: Unit) -> None:
         if unit in self.coming:
             return
-        unit.ask()
-        self.after[unit].ask()  # the disk has work while this one is waited for
         self.coming[unit] = self.thread.submit(unit.fetch)
 
     def _kind(self) -> Callable[..., Unit]:
