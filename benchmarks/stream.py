@@ -137,7 +137,8 @@ def measure(kind: str, source: str, given: argparse.Namespace) -> dict[str, Any]
     process.reset_peak()
     limit: dict[str, Any] = {} if source == "resident" else {"memory_limit": f"{given.limit}MB"}
     folder = str(given.folder / "model")
-    train(config("run", max_steps=given.steps if kind == "qzo" else 3, model_name_or_path=folder, **limit), task=task,
+    steps = given.steps if kind == "qzo" else 3  # a billion codes take seconds to draw
+    train(config("run", max_steps=steps, model_name_or_path=folder, **limit), task=task,
           callbacks=[watch])  # fmt: skip
     return {"peak": process.peak() - empty, "empty": empty, **watch.found}
 

@@ -52,14 +52,14 @@ def tight(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("make", [toys.bert, toys.llama, toys.gpt2, toys.layered])
-def test_two_units_are_in_memory_at_once_and_the_model_computes_the_same(make: object) -> None:
+def test_three_units_are_in_memory_at_once_and_the_model_computes_the_same(make: object) -> None:
     assert callable(make)
     model, streamed = make(), make()
     stream = Stream(streamed, Store(), tight(make()), Spy)
     Spy.most, Spy.order = 0, []
     for _ in range(3):
         assert torch.equal(toys.logits_of(model, IDS), toys.logits_of(streamed, IDS))
-    assert Spy.most == 2
+    assert Spy.most == 3
     assert set(Spy.order) == {unit.path for unit in stream.units}
     assert fingerprint(model) == fingerprint(streamed)
     stream.close()
@@ -69,10 +69,10 @@ def test_two_units_are_in_memory_at_once_and_the_model_computes_the_same(make: o
 
 def test_units_that_fit_stay_in_memory() -> None:
     model = toys.layered(layers=6)
-    limit = 2 * sum(t.numel() * 4 for t in model.parameters())
+    limit = 4 * sum(t.numel() * 4 for t in model.parameters())
     stream = Stream(model, Store(), limit, Spy)
     assert all(unit.held for unit in stream.units)
-    few = Stream(toys.layered(layers=6), Store(), int(tight(toys.layered(layers=6)) * 1.9), Spy)
+    few = Stream(toys.layered(layers=6), Store(), int(tight(toys.layered(layers=6)) * 3), Spy)
     held = [unit.held for unit in few.units]
     assert held[0]
     assert not held[-1]
@@ -95,7 +95,7 @@ def test_a_layer_that_is_called_again_or_skipped_is_there_when_it_runs() -> None
     stream = Stream(model, Store(), tight(toys.layered(layers=4)), Spy)
     for _ in range(2):
         assert torch.equal(run(model.layers), wanted)  # type: ignore[arg-type]
-    assert Spy.most == 2
+    assert Spy.most == 3
     stream.close()
 
 

@@ -1,6 +1,6 @@
 """A model whose layers are in memory one at a time, the next one on its way.
 
-    enter layer k:  wait for it ─► ask a thread for layer k + 1 ─► say that k is here ─► run
+    enter layer k:  wait for it ─► ask a thread for k + 1 and k + 2 ─► say that k is here ─► run
     leave layer k:  let it go
 
 Nothing of a model's own code changes: layers are told by `layers_of`, order by the last forward.
@@ -8,7 +8,7 @@ Nothing of a model's own code changes: layers are told by `layers_of`, order by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ class Unit:
         self.tensors: list[Tensor] = []
         self.followers: list[Callable[[], None]] = []  # told when tensors have other storage
         self.held = False  # whether it stays in memory, for which there is room
+        self.here = False
         self.written = False  # whether something was moved since it came
 
     @property
@@ -50,16 +51,20 @@ class Unit:
 
     def fetch(self) -> None:
         """Read it; a thread does so ahead of time."""
-        bring(self.places)
+        if not self.here:
+            bring(self.places)
+            self.here = True
 
     def arrive(self) -> None:
         """It is about to be used."""
 
     def leave(self) -> None:
         """It is not used any more."""
-        for place in self.places if not self.held else ():
-            place.let_go()
-            place.forget()
+        if not self.held:
+            for place in self.places:
+                place.let_go()
+                place.forget()
+            self.here = False
         self.written = False
 
 
@@ -144,7 +149,7 @@ class Stream:
     def park(self) -> None:
         """Everything at home, also what may stay: somebody changes where tensors lie."""
         self.rest()
-        self._keep_only(None)
+        self._keep_only(())
         for unit in self.units:
             held, unit.held = unit.held, False
             unit.leave()
@@ -172,10 +177,11 @@ class Stream:
             self.after[self.last] = unit
         self.last = unit
         self.visit(unit)
-        follower = self.after[unit]
-        self._keep_only(follower)
-        if follower is not unit:
-            self._fetch(follower)
+        followers = [self.after[unit], self.after[self.after[unit]]]
+        self._keep_only(followers)
+        for follower in followers:
+            if follower is not unit:
+                self._fetch(follower)
         self.visited.add(unit)
         self.arrived(unit)
 
@@ -187,9 +193,9 @@ class Stream:
         if unit is not None:
             unit.leave()
 
-    def _keep_only(self, wanted: Unit | None) -> None:
+    def _keep_only(self, wanted: Sequence[Unit]) -> None:
         """Of what has been fetched; others come where the order of the layers has changed."""
-        for unit in [u for u in self.coming if u is not wanted]:
+        for unit in [u for u in self.coming if u not in wanted]:
             self.coming.pop(unit).result()
             unit.leave()
 
