@@ -254,3 +254,19 @@ def test_a_run_of_some_contenders_keeps_the_others_rows_and_their_commit(
     commits = {k.split("(")[0]: e["commit"] for k, e in found["details"]["contenders"].items()}
     assert commits == {"subzero": "second", "jaguar": "second", "zo-sign": "first"}
     assert len(found["rows"]) == 6
+
+
+def test_stream_compares_steps_with_what_they_read(tmp_path: Path) -> None:
+    stream = import_module("benchmarks.stream")
+    given = stream.options(["--hidden", "64", "--layers", "2", "--limit", "1"])
+    size = stream.make(tmp_path / "model", given)
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert sum(stream.chunks(files)) == size
+    run = {"peak": 2e6, "seconds": [9.0, 2.0, 2.0], "from_disk": [4] * 3, "rate": [4.0] * 3,
+           "passing": 8}  # fmt: skip
+    rows = {row.name: row for row in stream.rows(dict.fromkeys(stream.RUNS, run), size, given)}
+    assert rows["qzo/disk: a step / reading"].value == 2.0
+    assert rows["qzo/memory: a step / reading"].value == 1.0
+    assert [rows[f"qzo/{s}: a step / reading"].met for s in ("disk", "memory")] == [False, True]
+    assert rows["qzo/disk: peak"].met is False
+    assert rows["qzo/disk: a step / a step in memory"].value == 1.0
