@@ -90,6 +90,7 @@ def kept_of(tuner: Tuner, block: Block) -> Iterator[Tensor]:
 def large(tensor: Tensor) -> bool:
     """Whether a tensor is worth a page of its own.
 
+    >>> import torch
     >>> large(torch.zeros(3)), large(torch.zeros(3000))
     (False, True)
     """
