@@ -94,6 +94,41 @@ class Small(nn.Module):
         return out
 
 
+class Body(nn.Module):
+    """x + down(tanh(up(norm(x)))), as a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.up = nn.Linear(HIDDEN, 2 * HIDDEN)
+        self.down = nn.Linear(2 * HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(torch.tanh(self.up(self.norm(x))))
+        return out
+
+
+class Layered(nn.Module):
+    """`Small` with a row of layers."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.layers = nn.ModuleList(Body() for _ in range(layers))
+        self.head = nn.Linear(HIDDEN, LABELS)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+def layered(seed: int = 0, layers: int = 4) -> nn.Module:
+    return fill_(Layered(layers), seed)
+
+
 def small(seed: int = 0, scheme: str | None = None) -> Small:
     model = fill_(Small(), seed)
     assert isinstance(model, Small)

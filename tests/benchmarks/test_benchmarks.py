@@ -170,3 +170,19 @@ def test_length_says_what_is_saved(encoder: str, tmp_path: Path, monkeypatch: An
     assert rows["demonstrations: tokens"] < 0.8
     assert 0.5 < rows["micro_batch=auto: bytes predicted"] < 2
     assert rows["qzo int4-g64, one probe at a time: tensors of a step"] > 0
+
+
+def test_stream_compares_steps_with_what_they_read(tmp_path: Path) -> None:
+    stream = import_module("benchmarks.stream")
+    given = stream.options(["--hidden", "64", "--layers", "2", "--limit", "1"])
+    size = stream.make(tmp_path / "model", given)
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert sum(stream.chunks(files)) == size
+    run = {"peak": 2e6, "seconds": [9.0, 2.0, 2.0], "from_disk": [4] * 3, "rate": [4.0] * 3,
+           "passing": 8}  # fmt: skip
+    rows = {row.name: row for row in stream.rows(dict.fromkeys(stream.RUNS, run), size, given)}
+    assert rows["qzo/disk: a step / reading"].value == 2.0
+    assert rows["qzo/memory: a step / reading"].value == 1.0
+    assert [rows[f"qzo/{s}: a step / reading"].met for s in ("disk", "memory")] == [False, True]
+    assert rows["qzo/disk: peak"].met is False
+    assert rows["qzo/disk: a step / a step in memory"].value == 1.0

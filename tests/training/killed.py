@@ -33,11 +33,13 @@ def child(out: Path, kind: str, resume: bool) -> int:
         return process
     try:
         torch.set_num_threads(1)
+        streamed = kind == "streamed"
         config = lab.config(
-            out, kind, max_steps=STEPS, save_steps=37, logging_steps=10, journal_sync=1
-        )
+            out, "mezo" if streamed else kind, max_steps=STEPS, save_steps=37, logging_steps=10,
+            journal_sync=1, memory_limit=lab.TIGHT if streamed and resume else None,
+        )  # fmt: skip
         config = dataclasses.replace(config, resume_from_checkpoint=resume or None)
-        model = toys.small()
+        model = toys.layered() if streamed else toys.small()
         train(config, model=model, task=lab.task())
         (out / "digest").write_text(repr(toys.digest(model)))
     except BaseException as error:
@@ -49,7 +51,7 @@ def child(out: Path, kind: str, resume: bool) -> int:
 def main(folder: Path, kind: str) -> None:
     torch.set_num_threads(1)
     train(
-        lab.config(folder / "warm", kind), model=toys.small(), task=lab.task()
+        lab.config(folder / "warm", "mezo"), model=toys.small(), task=lab.task()
     )  # compiles kernels
     began = time.monotonic()
     assert os.waitpid(child(folder / "whole", kind, False), 0)[1] == 0

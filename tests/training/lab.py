@@ -36,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "adamw": {"method": "adamw(lr=0.01)", "space": "weights"},
 }
 """One configuration of every kind of state a run can have."""
+TIGHT = "17KB"  # memory for three of the four layers of `toys.layered`
 FORWARD = [kind for kind in KINDS if kind != "adamw"]
 
 

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("killed.py")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kind", ["rebuilt", "example"])
+@pytest.mark.parametrize("kind", ["rebuilt", "example", "streamed"])
 def test_a_run_killed_twenty_times_ends_bitwise_equal(tmp_path: Path, kind: str) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), kind],

@@ -96,6 +96,9 @@ def replay_run(
     device: str = "cpu",
     threads: int | None = None,
     trust_remote_code: bool = False,
+    stream: bool | Literal["auto"] = False,
+    memory_limit: str | None = None,
+    offload_folder: str | None = None,
 ) -> dict[str, Any]:
     """Rebuild a tuned model from its base and its journal.
 
@@ -108,13 +111,17 @@ def replay_run(
         device: where the model runs.
         threads: CPU threads.
         trust_remote_code: let Python files of the checkpoint run.
+        stream: bring layers into memory one after the other; "auto" where the model would not fit.
+        memory_limit: bytes of the model in memory at once, such as "2GB"; what is free when null.
+        offload_folder: where the work file is made: as large as what is tuned or converted.
     """
     from zotune.training import replay as rebuild
 
     _need(model_name_or_path, output_dir)
     return rebuild(
         run, model_name_or_path, output_dir, steps=steps, repair=repair, device=device,
-        threads=threads, trust_remote_code=trust_remote_code,
+        threads=threads, trust_remote_code=trust_remote_code, stream=stream,
+        memory_limit=memory_limit, offload_folder=offload_folder,
     )  # fmt: skip
 
 

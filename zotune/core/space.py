@@ -81,12 +81,13 @@ class Space:
     def state(self) -> dict[str, Tensor]:
         return {b.name: b.state() for b in self.blocks}
 
-    def load_(self, state: Mapping[str, Tensor]) -> None:
-        missing = sorted({b.name for b in self.blocks} - set(state))
+    def load_(self, state: Mapping[str, Tensor], start: str = "") -> None:
+        """Restore what `state` gave; names in it may have a common `start`."""
+        missing = sorted(b.name for b in self.blocks if start + b.name not in state)
         if missing:
             raise BadInput(f"the state lacks blocks {', '.join(missing[:5])}")
         for block in self.blocks:
-            block.load_(state[block.name])
+            block.load_(state[start + block.name])
 
 
 def tensors(values: Mapping[str, Tensor], **options: Any) -> Space:

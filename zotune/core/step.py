@@ -9,10 +9,10 @@ estimate's keys, asks the rule for a step and lets the block move.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,11 +45,27 @@ class StepReport:
     estimate: Estimate | None = None
 
 
+class Elsewhere(Protocol):
+    """Where blocks lie that are not always in memory."""
+
+    def waiting(self) -> Set[str]:
+        """Names of the blocks that are better moved when they are next in memory."""
+
+    def visit(self, block: Block) -> None:
+        """Bring a block in, to be moved; the one before may go."""
+
+    def rest(self) -> None:
+        """All may go."""
+
+
 class Tuner:
     """Trains a space with a method. `step(batch)` is a whole step; `ask` and `tell` are its halves.
 
     `record(step, estimate)` is called after the losses are known and before anything moves: what
     it has made durable can be replayed. `total` steps fix the schedule.
+
+    Where blocks lie `elsewhere`, a step may leave some of them to be moved later, by `arrived_`;
+    `settle_` moves all that are left, which whoever looks at the blocks asks for first.
 
     >>> import torch
     >>> from zotune.core.evaluator import FunctionEvaluator
@@ -82,6 +98,9 @@ class Tuner:
         self.done = 0
         self.applied = 0
         self.sweeps = Sweeps()
+        self.elsewhere: Elsewhere | None = None
+        self.left: dict[str, Block] = {}  # blocks that the last estimate has not moved yet
+        self._turn = (0, 0.0, self.key, self.key)  # its step, lr, key, and the key before
         window = max(stage.rule.window for stage in method.stages)
         self.recent: deque[Estimate] = deque(maxlen=window)
         for block in space:
@@ -150,22 +169,59 @@ class Tuner:
     @torch.no_grad()
     def apply_(self, estimate: Estimate) -> StepReport:
         """Move every block by this estimate; nothing but the estimate is needed (replay)."""
+        self.settle_()
         report = StepReport(self.done, estimate.loss, self.lr, estimate.finite, estimate)
         if estimate.finite:
             before = self.recent[0].key if self.recent else estimate.key
             self.recent.appendleft(estimate)
             self.applied += 1
             self.now.perturbation.leave_(self.active, estimate)
-            swept = self.sweeps(self.active, self.now, estimate, report.lr)
-            for block in self.active:
-                if block.name not in swept:
-                    self._move_(block, report.lr, estimate.key, before)
+            self._turn = (self.done, report.lr, estimate.key, before)
+            self.left = {block.name: block for block in self.active}
+            self.settle_(self.left.keys() - self._waiting())
             self.now.perturbation.learn_(self.active, estimate)
         self.done += 1
         return report
 
+    def settle_(self, names: Iterable[str] | None = None) -> None:
+        """Move blocks that the last estimate has not moved yet; all of them by default."""
+        if not self.left:
+            return
+        chosen = set(self.left if names is None else names)
+        self._move_left_([b for b in self.left.values() if b.name in chosen])
+        if self.elsewhere is not None:
+            self.elsewhere.rest()
+
+    def arrived_(self, names: Iterable[str]) -> None:
+        """These blocks are in memory now: move those that are left."""
+        if self.left:
+            self._move_left_([self.left[name] for name in names if name in self.left])
+
+    def _waiting(self) -> Set[str]:
+        """Blocks that may be moved later: none where directions are measured anew by the next
+        forwards, or learn from the moved blocks."""
+        learns = type(self.now.perturbation).learn_ is not Perturbation.learn_
+        if self.elsewhere is None or learns or not self.method.replayable:
+            return frozenset()
+        return self.elsewhere.waiting()
+
+    @torch.no_grad()
+    def _move_left_(self, blocks: Sequence[Block]) -> None:
+        (step, lr, key, before), done = self._turn, self.done
+        self.done = step  # the method whose turn it was
+        for group in [blocks] if self.elsewhere is None else [[block] for block in blocks]:
+            if self.elsewhere is not None:
+                self.elsewhere.visit(group[0])
+            swept = self.sweeps(group, self.now, self.recent[0], lr)
+            for block in group:
+                if block.name not in swept:
+                    self._move_(block, lr, key, before)
+                del self.left[block.name]
+        self.done = done
+
     def freeze_(self, names: Iterable[str]) -> None:
         """From now on these blocks stay as they are; what the method kept of them goes."""
+        self.settle_()
         gone = set(names)
         self.active = self.active.without(gone)
         for block in self.space:
@@ -217,6 +273,7 @@ class Tuner:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything but the journal that a bitwise resume needs, flat, for safetensors."""
+        self.settle_()
         out = {f"block/{name}": value for name, value in self.space.state().items()}
         return out | self._kept()
 
@@ -235,8 +292,8 @@ class Tuner:
 
     def load_(self, tensors: Mapping[str, Tensor], done: int, applied: int) -> None:
         """Go back to a saved state; `recent` is refilled by the caller with `remember_`."""
-        blocks = {k[6:]: v for k, v in tensors.items() if k.startswith("block/")}
-        self.space.load_(blocks)
+        self.left.clear()
+        self.space.load_(tensors, "block/")
         for name, held in self._kept().items():
             held.copy_(tensors[name])
         self.done, self.applied = done, applied

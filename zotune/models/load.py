@@ -60,6 +60,7 @@ def load(
     compute_dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     device: str | torch.device = "cpu",
+    shelf: formats.Shelf | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer.
 
@@ -77,12 +78,20 @@ def load(
             multiplies it in hardware, "float32" and "bfloat16" as they say.
         trust_remote_code: whether Python files of the checkpoint may run.
         device: where the model goes.
+        shelf: where its tensors go as they are read (`zotune.models.streaming.Store`); None for
+            memory. They stay there, whatever `device` is.
 
     Raises:
         BadInput: for an unknown kind or dtype, or a scheme that does not fit.
         FormatError: for a folder that is missing, damaged or of an unknown format.
     """
     folder = find_folder(path, trust_remote_code)
+    if shelf is not None and (scheme is not None or is_pipeline(folder)):
+        what = "a pipeline" if scheme is None else f"quantizing to {scheme} while loading"
+        raise BadInput(
+            f"{what} needs the whole model in memory, which streaming avoids; quantize first "
+            "(`zotune quantize`), or drop --stream"
+        )
     if is_pipeline(folder):
         model, found = read_denoiser(folder, None if dtype == "auto" else parse_dtype(dtype))
         left = default_exclude("diffusion") if exclude is None else exclude
@@ -101,6 +110,7 @@ def load(
         _auto_class("encoder" if pooled else resolved),
         dtype=_resolve_dtype(dtype, found, device, config),
         trust_remote_code=trust_remote_code,
+        shelf=shelf,
     )
     left = default_exclude(resolved) if exclude is None else exclude
     _quantize_(model, scheme, left, found, folder)
@@ -113,7 +123,9 @@ def load(
         tokenizer = with_padding(whole.tokenizer(folder), folder)
     elif resolved != "vision":
         tokenizer = load_tokenizer(home, trust_remote_code)
-    return Loaded(model.to(device).eval(), tokenizer, resolved, folder, inner_config, found)
+    if shelf is None:
+        model = model.to(device)
+    return Loaded(model.eval(), tokenizer, resolved, folder, inner_config, found)
 
 
 def _quantize_(

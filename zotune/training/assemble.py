@@ -37,6 +37,8 @@ from zotune.training.opening import (
     open_task,
     train_split,
 )
+from zotune.training.streaming import Streaming
+from zotune.training.streaming import check as check_streamed
 
 log = logging.getLogger("zotune")
 OBSERVED = 256  # training examples that a space may look at before it is built
@@ -60,6 +62,7 @@ class Bench:
     added: dict[str, Tensor]
     before: dict[str, float]
     freezing: Freezing | None = None
+    streaming: Streaming | None = None
 
     @property
     def space(self) -> Space:
@@ -112,7 +115,12 @@ def assemble(
     train_split(task)
     privacy.check(method, task, config)
     sizing.check(config, task, method)
-    loaded = open_model(config, model)
+    streaming = Streaming.of(config, model)
+    if streaming is not None:
+        check_streamed(config, method, model)
+    loaded = open_model(config, model, None if streaming is None else streaming.store)
+    if streaming is not None:
+        streaming.begin_(loaded.model)
     base = fingerprint(loaded.model)
     if journal is not None:
         check_base(journal, base)
@@ -138,6 +146,8 @@ def assemble(
     else:
         before = journal.header["before"]
         space = rebuild_space(prepared, spec, journal)
+    if streaming is not None:
+        streaming.own_(space, method)
     added = {
         name: tensor.detach().clone()
         for name, tensor in all_tensors(prepared).items()
@@ -165,6 +175,9 @@ def assemble(
     bench = Bench(
         config, loaded, base, task, prepared, method, spec, evaluator, tuner, batches, added, before
     )
+    if streaming is not None and isinstance(tuner, Tuner):
+        bench.streaming = streaming
+        streaming.serve_(tuner)
     if plan is not None and isinstance(batches, Batches):
         bench.freezing = Freezing(plan, config, task, prepared, tuner, batches)
     if bench.private:

@@ -31,7 +31,7 @@ OWN = {
     "save_steps", "report_to", "callbacks", "journal_sync", "threads", "max_bad_steps",
     "per_device_eval_batch_size", "max_eval_samples", "show_progress", "trust_remote_code",
     "check_gradient", "cache_dir", "cache_limit", "dataloader_num_workers",
-    "verbose",
+    "verbose", "stream", "memory_limit", "offload_folder",
 }  # fmt: skip
 """Keys that a resumed run may change: they do not touch the weights."""
 
@@ -90,6 +90,13 @@ class TrainConfig:
             of the features, times `growth` at each further freeze point.
         cache_similarity: channels whose maps, transformed, are less alike than this to the maps of
             transformed images are cached in transformed copies; -1 caches none of them.
+        stream: bring layers into memory one after the other, from the checkpoint's files and a work
+            file; "auto" does so where the model would not fit. Same results, bit for bit.
+        memory_limit: bytes of the model in memory at once, such as "2GB"; what is free when null.
+            Activations and one layer's perturbed values come on top. Given alone, it means
+            stream="auto".
+        offload_folder: where the work file is made: as large as what is tuned or must be converted;
+            a folder in memory (/dev/shm) spares the disk.
         augment: transforms of training images: "flip + shift(pixels=4)".
         load_best_model_at_end: keep the state of the best evaluation instead of the last.
         seed: fixes the directions and the order of the batches.
@@ -149,6 +156,9 @@ class TrainConfig:
     cache_limit: str | None = None
     cache_codec: str | None = None
     cache_similarity: float = 0.6
+    stream: bool | Literal["auto"] = False
+    memory_limit: str | None = None
+    offload_folder: str | None = None
     augment: str | None = None
     load_best_model_at_end: bool = False
     seed: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -12,9 +13,10 @@ from zotune.models import Loaded
 from zotune.quant.running import forced_kernel, kernels_of, say_kernels
 from zotune.tasks.task import Task
 from zotune.training.batches import spread
-from zotune.training.folders import from_module, load_model, use_threads
-from zotune.training.opening import open_task
+from zotune.training.folders import from_module, use_threads
+from zotune.training.opening import open_model, open_task
 from zotune.training.settings import EvalConfig
+from zotune.training.streaming import Streaming
 
 
 def evaluate(
@@ -32,25 +34,25 @@ def _evaluate(config: EvalConfig, model: nn.Module | Loaded | None, task: Task) 
         raise BadInput(f"task {task.name!r} has no split {split!r}, only {', '.join(task.splits)}")
     if model is None and not config.model_name_or_path:
         raise BadInput("no model: give model_name_or_path (--model FOLDER)")
-    loaded = from_module(model) if model is not None else load_model(
-        config.model_name_or_path, dtype=config.dtype, scheme=config.scheme,
-        compute_dtype=config.compute_dtype, device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
-    prepared = task.prepare(loaded)
-    running = kernels_of(prepared)
-    if config.verbose:
-        say_kernels(running)
-    examples = spread(task.split(split), config.max_eval_samples)
-    began = time.perf_counter()
-    numbers = task.evaluate(prepared, examples, config.per_device_eval_batch_size)
+    streaming = Streaming.of(config, model)
+    shelf = None if streaming is None else streaming.store
+    loaded = open_model(config, None, shelf) if model is None else from_module(model)
+    with nullcontext() if streaming is None else streaming.running(loaded.model):
+        prepared = task.prepare(loaded)
+        running = kernels_of(prepared)
+        if config.verbose:
+            say_kernels(running)
+        examples = spread(task.split(split), config.max_eval_samples)
+        began = time.perf_counter()
+        numbers = task.evaluate(prepared, examples, config.per_device_eval_batch_size)
+        seconds = time.perf_counter() - began
     return {
         "task": config.task or task.name,
         "split": split,
         "metric": task.metric,
         "value": numbers[task.metric],
         "examples": len(examples),
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
         "numbers": numbers,
         "kernels": running,
         "model": config.model_name_or_path,

@@ -22,7 +22,7 @@ from zotune.quant.export import Exporter, export_
 from zotune.quant.formats.folder import replace_folder
 from zotune.quant.qat import quantize_
 from zotune.training.journal import NAME as JOURNAL
-from zotune.training.snapshots import cannot_write
+from zotune.training.snapshots import cannot_write, disk_full
 
 ADAPTER = "adapter"
 
@@ -64,7 +64,7 @@ def write_model(model: nn.Module, folder: Path, source: Loaded, to: Exporter | N
     except OSError as error:
         raise cannot_write(folder, error) from error
     except Exception as error:  # safetensors reports a full disk by an exception of its own
-        if "No space left" in str(error) or "os error 28" in str(error):
+        if disk_full(error):
             raise cannot_write(folder, OSError(28, "No space left on device")) from error
         raise
     return folder

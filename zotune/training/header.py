@@ -54,6 +54,7 @@ def header_of(bench: Bench) -> dict[str, Any]:
                      if f"{p}.{CHILD}.A" in bench.added},
         "stack": bench.evaluator.stack,
         "room": bench.evaluator.room,
+        "streamed": bench.streaming is not None,
         "levels": {} if bench.freezing is None else bench.freezing.levels,
         "examples": len(bench.batches.examples),
         "data": None if bench.private else digest_of(bench.batches.examples),

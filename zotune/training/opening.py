@@ -18,7 +18,7 @@ from zotune.core.spaces.parameters import heads
 from zotune.errors import BadInput, DataError
 from zotune.methods import AnyMethod
 from zotune.models import Loaded, PooledClassifier
-from zotune.quant import quantize_model_
+from zotune.quant import formats, quantize_model_
 from zotune.quant.graph import Graph
 from zotune.tasks.data import read_table
 from zotune.tasks.task import Example, Task
@@ -117,7 +117,11 @@ def _task_call(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def open_model(config: TrainConfig | EvalConfig, model: nn.Module | Loaded | None) -> Loaded:
+def open_model(
+    config: TrainConfig | EvalConfig,
+    model: nn.Module | Loaded | None,
+    shelf: formats.Shelf | None = None,
+) -> Loaded:
     """The model by its name, or the one given, quantized if the configuration says so."""
     if model is None:
         if not config.model_name_or_path:
@@ -129,9 +133,11 @@ def open_model(config: TrainConfig | EvalConfig, model: nn.Module | Loaded | Non
             compute_dtype=config.compute_dtype,
             trust_remote_code=config.trust_remote_code,
             device=config.device,
+            shelf=shelf,
         )
     loaded = from_module(model)
-    loaded.model.to(config.device)
+    if shelf is None:
+        loaded.model.to(config.device)
     if config.scheme is not None:
         quantize_model_(loaded.model, config.scheme)
     return loaded

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ from zotune.training.freezing.plan import frozen_names
 from zotune.training.header import check_base, check_noise, read_record, rebuild_space
 from zotune.training.journal import Journal
 from zotune.training.resume import replay_
+from zotune.training.settings import EvalConfig
+from zotune.training.streaming import Streaming
 
 log = logging.getLogger("zotune")
 MAX_HEAD = 1 << 30  # numbers of a head that a journal may ask for
@@ -42,6 +45,9 @@ def replay(
     device: str = "cpu",
     threads: int | None = None,
     trust_remote_code: bool = False,
+    stream: bool | Literal["auto"] = False,
+    memory_limit: str | None = None,
+    offload_folder: str | None = None,
 ) -> dict[str, Any]:
     """Rebuild a run's tuned model from its base and its journal alone.
 
@@ -52,6 +58,7 @@ def replay(
         steps: rebuild the state after so many steps; what the run kept (its last step, or its best)
             when None.
         repair: go on with the good part of a damaged or unfinished journal.
+        stream, memory_limit, offload_folder: as `TrainConfig`'s.
 
     Raises:
         JournalError: damaged journal, another base, or a run by backprop.
@@ -61,27 +68,22 @@ def replay(
     check_noise(journal)
     method = _method(journal)
     count = _count(journal, steps, repair)
-    loaded = _base(journal, model, device, trust_remote_code)
-    check_base(journal, fingerprint(loaded.model))
-    prepared = _wrapped(loaded, journal)
-    space = rebuild_space(prepared, read_record(journal.header["space"], SpaceSpec), journal)
-    tuner = Tuner(space, method, int(journal.header["seed"]), total=int(journal.header["total"]))
-    if not tuner.replayable:
-        raise JournalError(
-            f"{journal.path}: this run cannot be replayed from its journal: its directions or "
-            "gradients come from the data's activations; use the run's own model"
-        )
-    freezes, levels = dict(journal.freezes), journal.header.get("levels", {})
-
-    def before(step: int) -> None:
-        if step in freezes:
-            tuner.freeze_(frozen_names(levels, freezes[step]))
-
-    replay_(tuner, journal.records[:count], before)
-    round_to_storage_(prepared)
-    folder = Path(out).expanduser() if out is not None else None
-    if folder is not None:
-        _save(prepared, folder, loaded)
+    module = model if isinstance(model, nn.Module | Loaded) else None
+    where = EvalConfig(
+        "" if module is not None else str(model), trust_remote_code=trust_remote_code,
+        device=device, stream=stream, memory_limit=memory_limit, offload_folder=offload_folder,
+    )  # fmt: skip
+    streaming = Streaming.of(where, module)
+    loaded = _base(journal, model, device, trust_remote_code, streaming)
+    with nullcontext() if streaming is None else streaming.running(loaded.model):
+        check_base(journal, fingerprint(loaded.model))
+        prepared = _wrapped(loaded, journal)
+        tuner = _tuned(prepared, journal, method, count, streaming)
+        round_to_storage_(prepared)
+        folder = Path(out).expanduser() if out is not None else None
+        if folder is not None:
+            _save(prepared, folder, loaded)
+        tuned = fingerprint(prepared)
     return {
         "out": str(folder) if folder is not None else None,
         "steps": count,
@@ -90,8 +92,33 @@ def replay(
         "space": journal.header["space"],
         "base": journal.header["base"],
         "journal_bytes": journal.path.stat().st_size,
-        "tuned_fingerprint": fingerprint(prepared),
+        "tuned_fingerprint": tuned,
     }
+
+
+def _tuned(
+    model: nn.Module, journal: Journal, method: Method, count: int, streaming: Streaming | None
+) -> Tuner:
+    """The model moved by the journal's first `count` steps."""
+    space = rebuild_space(model, read_record(journal.header["space"], SpaceSpec), journal)
+    if streaming is not None:
+        streaming.own_(space, method)
+    tuner = Tuner(space, method, int(journal.header["seed"]), total=int(journal.header["total"]))
+    if not tuner.replayable:
+        raise JournalError(
+            f"{journal.path}: this run cannot be replayed from its journal: its directions or "
+            "gradients come from the data's activations; use the run's own model"
+        )
+    if streaming is not None:
+        streaming.serve_(tuner)
+    freezes, levels = dict(journal.freezes), journal.header.get("levels", {})
+
+    def before(step: int) -> None:
+        if step in freezes:
+            tuner.freeze_(frozen_names(levels, freezes[step]))
+
+    replay_(tuner, journal.records[:count], before)
+    return tuner
 
 
 def _save(model: nn.Module, folder: Path, loaded: Loaded) -> None:
@@ -127,7 +154,11 @@ def _count(journal: Journal, steps: int | None, repair: bool) -> int:
 
 
 def _base(
-    journal: Journal, model: str | Path | nn.Module | Loaded, device: str, trust_remote_code: bool
+    journal: Journal,
+    model: str | Path | nn.Module | Loaded,
+    device: str,
+    trust_remote_code: bool,
+    streaming: Streaming | None,
 ) -> Loaded:
     if isinstance(model, nn.Module | Loaded):
         return from_module(model)
@@ -138,6 +169,7 @@ def _base(
         "compute_dtype": config["compute_dtype"],
         "trust_remote_code": trust_remote_code,
         "device": device,
+        "shelf": None if streaming is None else streaming.store,
     }
     from zotune.models.load import find_folder
     from zotune.models.pipeline import model_folder

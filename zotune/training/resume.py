@@ -188,6 +188,7 @@ def replay_(
         if before is not None:
             before(tuner.done)
         tuner.apply_(estimate(tuner, tuner.done, record))
+    tuner.settle_()
 
 
 def refill_(tuner: Tuner, records: Sequence[Record]) -> None:

@@ -219,7 +219,9 @@ class Run:
             return measure(self.config, self.bench.task, self.bench.model, split)
 
     def _whole(self) -> AbstractContextManager[None]:
-        """The whole model in its place, whatever of it lies on the disk."""
+        """The whole model in its place, whatever of it lies on the disk, every step in it."""
+        if isinstance(self.tuner, Tuner):
+            self.tuner.settle_()
         return nullcontext() if self.bench.freezing is None else self.bench.freezing.whole()
 
     def _before(self) -> dict[str, float]:
@@ -278,5 +280,6 @@ class Run:
     def close(self) -> None:
         self.ahead.close()
         self.metrics.close()
-        if self.bench.freezing is not None:
-            self.bench.freezing.close()
+        for part in (self.bench.freezing, self.bench.streaming):
+            if part is not None:
+                part.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class EvalConfig:
         threads: CPU threads.
         verbose: log which kernels the layers run on.
         trust_remote_code: let Python files of the checkpoint run.
+        stream: bring layers into memory one after the other; "auto" where the model would not fit.
+        memory_limit: bytes of the model in memory at once, such as "2GB"; what is free when null.
+        offload_folder: where what must be converted lies meanwhile.
     """
 
     model_name_or_path: str = ""
@@ -51,3 +54,6 @@ class EvalConfig:
     threads: int | None = None
     verbose: bool = False
     trust_remote_code: bool = False
+    stream: bool | Literal["auto"] = False
+    memory_limit: str | None = None
+    offload_folder: str | None = None

@@ -60,13 +60,14 @@ from torch import nn
 from zotune.errors import FormatError
 from zotune.quant.formats.folder import copy_companions, home_of, replace_folder
 from zotune.quant.formats.origin import Source, round_to_storage_, set_source_, source_of
+from zotune.quant.formats.shelf import Shelf
 from zotune.quant.formats.source import SourceFormat
 from zotune.quant.formats.tensors import quantization, read_json
 from zotune.quant.layer import QuantLayer
 
 __all__ = [
-    "Format", "SelfContained", "Source", "SourceFormat", "Wrapper", "detect", "formats",
-    "home_of", "read", "round_to_storage_", "set_source_", "source_of", "write",
+    "ByLayer", "Format", "SelfContained", "Shelf", "Source", "SourceFormat", "Wrapper", "detect",
+    "formats", "home_of", "read", "round_to_storage_", "set_source_", "source_of", "write",
 ]  # fmt: skip
 
 
@@ -87,6 +88,21 @@ class Format(Protocol):
 
     def write(self, model: nn.Module, folder: Path) -> None:
         """Save config and weights into an existing, empty folder."""
+
+
+@runtime_checkable
+class ByLayer(Protocol):
+    """A format whose tensors are read one at a time, onto any shelf."""
+
+    def read_onto(
+        self,
+        shelf: Shelf,
+        folder: Path,
+        auto: Any,
+        dtype: torch.dtype | None,
+        trust_remote_code: bool,
+    ) -> nn.Module:
+        """As `Format.read`."""
 
 
 @runtime_checkable
@@ -157,6 +173,7 @@ def read(
     *,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    shelf: Shelf | None = None,
 ) -> nn.Module:
     """Read a checkpoint folder into a model, in eval mode.
 
@@ -166,12 +183,22 @@ def read(
         dtype: of float tensors other than scales; None is float32 for float folders and what is
             stored for quantized ones.
         trust_remote_code: whether the folder's own Python may run.
+        shelf: where its tensors go, one after the other; None for memory.
 
     Raises:
-        FormatError: naming the file or tensors that are wrong.
+        FormatError: naming the file or tensors that are wrong, or a format that is read as a whole
+            where a shelf is given.
     """
     folder = Path(folder)
-    return formats()[detect(folder)].read(folder, auto, dtype, trust_remote_code).eval()
+    format = formats()[detect(folder)]
+    if shelf is None:
+        return format.read(folder, auto, dtype, trust_remote_code).eval()
+    if not isinstance(format, ByLayer):
+        raise FormatError(
+            f"{folder}: format {format.name!r} is read as a whole and cannot be streamed; drop "
+            "--stream, or give a folder of safetensors"
+        )
+    return format.read_onto(shelf, folder, auto, dtype, trust_remote_code).eval()
 
 
 def write(

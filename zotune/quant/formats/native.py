@@ -24,7 +24,8 @@ from zotune.quant.formats.build import (
     restore_generation_config_,
     write_config,
 )
-from zotune.quant.formats.shards import entries
+from zotune.quant.formats.shards import Entry, entries
+from zotune.quant.formats.shelf import Memory, Shelf, taken
 from zotune.quant.formats.tensors import (
     SINGLE,
     check_files,
@@ -59,13 +60,24 @@ class NativeFormat:
         Raises:
             FormatError: for a damaged file, an unknown version, or tensors that do not fit.
         """
+        return self.read_onto(Memory(), folder, auto, dtype, trust_remote_code)
+
+    def read_onto(
+        self,
+        shelf: Shelf,
+        folder: Path,
+        auto: Any,
+        dtype: torch.dtype | None,
+        trust_remote_code: bool,
+    ) -> nn.Module:
+        """As `read`, one tensor at a time."""
         schemes, scale_dtype = _read_record(folder)
         names = check_files(folder)
         config = model_config(folder, trust_remote_code)
         model = empty_model(config, auto, names, trust_remote_code)
         _place_layers_(model, schemes, scale_dtype, names, folder)
-        tensors = {name: entry.read() for name, entry in entries(folder).items()}
-        assign_(model, _in_memory(tensors, schemes, scale_dtype, dtype, folder), folder)
+        tensors = _shelved(shelf, entries(folder), schemes, scale_dtype, dtype, folder)
+        assign_(model, tensors, folder)
         restore_generation_config_(model, folder)
         return model.eval()
 
@@ -148,8 +160,9 @@ def _place_layers_(
         replace_(model, name, layer)
 
 
-def _in_memory(
-    tensors: dict[str, Tensor],
+def _shelved(
+    shelf: Shelf,
+    stored: dict[str, Entry],
     schemes: dict[str, Scheme],
     scale_dtype: torch.dtype,
     dtype: torch.dtype | None,
@@ -161,14 +174,13 @@ def _in_memory(
         grid[f"{name}.codes"] = scheme.stored
         grid[f"{name}.scale"] = grid[f"{name}.zero"] = scale_dtype
     found = {}
-    for name, tensor in tensors.items():
-        if name in grid and tensor.dtype != grid[name]:
-            raise FormatError(f"tensor {name!r} of {folder} is {tensor.dtype}; wanted {grid[name]}")
-        if name in grid:
-            found[name] = tensor.float() if tensor.is_floating_point() else tensor
+    for name, entry in stored.items():
+        if name in grid and entry.dtype != grid[name]:
+            raise FormatError(f"tensor {name!r} of {folder} is {entry.dtype}; wanted {grid[name]}")
+        if name.endswith(".codes") and name in grid:
+            found[name] = shelf.take(entry)
         else:
-            keep = dtype is None or not tensor.is_floating_point()
-            found[name] = tensor if keep else tensor.to(dtype)
+            found[name] = taken(shelf, entry, torch.float32 if name in grid else dtype)
     return found
 
 

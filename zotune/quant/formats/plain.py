@@ -12,8 +12,17 @@ import torch
 from torch import nn
 
 from zotune.errors import BadInput, FormatError
-from zotune.quant.formats.build import quiet_random_state
+from zotune.quant.formats.build import (
+    assign_,
+    empty_model,
+    model_config,
+    quiet_random_state,
+    restore_generation_config_,
+)
 from zotune.quant.formats.folder import is_onnx
+from zotune.quant.formats.shards import entries
+from zotune.quant.formats.shelf import Shelf, taken
+from zotune.quant.formats.source import prefix_of
 from zotune.quant.formats.tensors import QUANTIZERS, check_files, listing, quantization
 
 log = logging.getLogger("zotune")
@@ -55,14 +64,35 @@ class PlainFormat:
                 f"{folder} lacks tensors of {type(model).__name__}: "
                 f"[{listing(set(info['missing_keys']))}]; load it as another kind, or complete it"
             )
-        if info["unexpected_keys"]:
-            log.warning(
-                "%s: tensors that %s does not use are dropped: [%s]",
-                folder,
-                type(model).__name__,
-                listing(set(info["unexpected_keys"])),
-            )
+        _say_unused(set(info["unexpected_keys"]), model, folder)
         return model
+
+    def read_onto(
+        self,
+        shelf: Shelf,
+        folder: Path,
+        auto: Any,
+        dtype: torch.dtype | None,
+        trust_remote_code: bool,
+    ) -> nn.Module:
+        """As `read`, one tensor at a time, which transformers' own loader does not do.
+
+        Raises:
+            FormatError: as `read`, also where transformers would rename or join stored tensors.
+        """
+        found = entries(folder)
+        config = model_config(folder, trust_remote_code)
+        config.dtype = dtype or torch.float32
+        model = empty_model(config, auto, list(found), trust_remote_code)
+        prefix = prefix_of(model, found)
+        own = {n.removeprefix(prefix): e for n, e in found.items() if n.startswith(prefix)}
+        wanted = set(model.state_dict())
+        _say_unused(set(found) - {prefix + name for name in wanted}, model, folder)
+        used = {name: entry for name, entry in own.items() if name in wanted}
+        tensors = {n: taken(shelf, e, dtype or torch.float32) for n, e in used.items()}
+        assign_(model, tensors, folder)
+        restore_generation_config_(model, folder)
+        return model.eval()
 
     def write(self, model: nn.Module, folder: Path) -> None:
         """Save config and weights into an existing folder.
@@ -76,6 +106,14 @@ class PlainFormat:
                 f"{type(model).__name__} has no config to save; give a transformers model"
             )
         save(folder)
+
+
+def _say_unused(names: set[str], model: nn.Module, folder: Path) -> None:
+    if names:
+        log.warning(
+            "%s: tensors that %s does not use are dropped: [%s]",
+            folder, type(model).__name__, listing(names),
+        )  # fmt: skip
 
 
 def _from_pretrained(folder: Path, auto: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:

@@ -85,12 +85,12 @@ def entries(folder: Path) -> dict[str, Entry]:
     check_files(folder)
     found: dict[str, Entry] = {}
     for path in weight_files(folder):
-        found.update(_header(path))
+        found.update(stored_in(path))
     return found
 
 
-def _header(path: Path) -> dict[str, Entry]:
-    """What a file holds; `check_files` has compared its header with its size before."""
+def stored_in(path: Path) -> dict[str, Entry]:
+    """What a file holds, its header having been compared with its size (`check_files`)."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

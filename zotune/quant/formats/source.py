@@ -35,6 +35,7 @@ from zotune.quant.formats.origin import (
     source_of,
 )
 from zotune.quant.formats.shards import Entry, entries
+from zotune.quant.formats.shelf import Memory, Shelf, shelve_, taken
 from zotune.quant.formats.tensors import listing
 from zotune.quant.linear import is_conv1d
 
@@ -80,10 +81,21 @@ class SourceFormat(ABC):
         Raises:
             FormatError: for damaged files, or tensors that do not fit each other or the model.
         """
+        return self.read_onto(Memory(), folder, auto, dtype, trust_remote_code)
+
+    def read_onto(
+        self,
+        shelf: Shelf,
+        folder: Path,
+        auto: Any,
+        dtype: torch.dtype | None,
+        trust_remote_code: bool,
+    ) -> nn.Module:
+        """As `read`; every layer goes to its place once it is decoded."""
         record, found = self.record(folder), entries(folder)
         config = model_config(folder, trust_remote_code)
         model = empty_model(config, auto, list(found), trust_remote_code)
-        prefix = _prefix(model, found)
+        prefix = prefix_of(model, found)
         own = {n.removeprefix(prefix): e for n, e in found.items() if n.startswith(prefix)}
         layers = _layers(own, self.marks)
         if not layers:
@@ -97,11 +109,12 @@ class SourceFormat(ABC):
         for name, layout in layouts.items():
             stored = {k: e.read() for k, e in layers[name].items() if k != "bias"}
             layer = place_(model, name, layout, stored, bias="bias" in layers[name])
+            shelve_(layer, shelf)
             tensors.update({f"{name}.{k}": v for k, v in layer.state_dict().items() if k != "bias"})
             del stored
             give_back()
         floats = _floats(model, own, folder)
-        tensors.update({name: _cast(own[name].read(), dtype) for name in floats})
+        tensors.update({name: taken(shelf, own[name], dtype) for name in floats})
         assign_(model, tensors, folder)
         restore_generation_config_(model, folder)
         dtypes = {name: own[name].dtype for name in floats}
@@ -128,7 +141,7 @@ class SourceFormat(ABC):
             found[name].overwrite(folder, tensor)
 
 
-def _prefix(model: nn.Module, found: Mapping[str, Entry]) -> str:
+def prefix_of(model: nn.Module, found: Mapping[str, Entry]) -> str:
     """The name of the body inside a larger model, where the checkpoint holds that larger one."""
     start = f"{getattr(model, 'base_model_prefix', '')}."
     names = [name for name, _ in model.named_parameters()]
@@ -180,7 +193,3 @@ def _floats(model: nn.Module, own: Mapping[str, Entry], folder: Path) -> list[st
             folder, type(model).__name__, listing(unused),
         )  # fmt: skip
     return sorted(wanted & set(own))
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zotune.training.snapshots import cannot_write
+from zotune.training.snapshots import fresh_file
 
 FILE = "lower.safetensors"
 
@@ -80,19 +79,8 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
     """Stream the tensors to the disk beside their place, then let the file take its name."""
     from safetensors.torch import save_file
 
-    fresh = path.with_name(f".{path.name}.new")
-    try:
+    with fresh_file(path) as fresh:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh)
-        with fresh.open("rb") as file:
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except Exception as error:  # safetensors reports a full disk by an exception of its own
-        fresh.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise cannot_write(path, error) from error
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise cannot_write(path, OSError(28, "No space left on device")) from error
-        raise
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:

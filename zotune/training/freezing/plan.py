@@ -172,8 +172,8 @@ def frozen_names(levels: Mapping[str, int], depth: int) -> set[str]:
 _SIZE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-def parse_bytes(text: str) -> int:
-    """A number of bytes as people write it.
+def parse_bytes(text: str, option: str = "cache_limit") -> int:
+    """A number of bytes as people write it, given as the value of `option`.
 
     >>> parse_bytes("2GB"), parse_bytes("1.5 MB"), parse_bytes("4096")
     (2000000000, 1500000, 4096)
@@ -185,5 +185,5 @@ def parse_bytes(text: str) -> int:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise BadInput(f"cache_limit={text!r} is no number of bytes; write '500MB' or '2GB'")
+        raise BadInput(f"{option}={text!r} is no number of bytes; write '500MB' or '2GB'")
     return int(value)
