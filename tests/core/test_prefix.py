@@ -78,6 +78,7 @@ def counted(space: str, lanes: bool = False) -> tuple[list[int], list[int], list
     model = Counted()
     model.load_state_dict(small().state_dict())
     shared, _ = evaluators(model.eval(), space)
+    shared.losses(probes(lanes), batch(5), Gaussian())  # what cannot be shared is found out once
     for counter in (model.low, model.middle, model.high):
         counter.rows.clear()
     shared.losses(probes(lanes), batch(5), Gaussian())
@@ -163,6 +164,7 @@ def test_a_layer_that_is_used_below_and_above_a_site_is_shared_only_below() -> N
     model.eval().requires_grad_(False)
     assert agree(model, "weights(pattern='up')", 3, False)
     shared, _ = evaluators(model, "weights(pattern='up')")
+    shared.losses(probes(), batch(5), Gaussian())
     model.middle.rows.clear()
     shared.losses(probes(), batch(5), Gaussian())
     assert model.middle.rows == [5, 20]
@@ -205,16 +207,17 @@ def test_copies_of_one_batch_are_told_from_different_rows() -> None:
     assert torch.allclose(a, b, rtol=0, atol=2e-5)
 
 
-def test_hooks_see_the_whole_stack_and_forwards_come_back() -> None:
+@pytest.mark.parametrize("space", ["head", "head + norms"])
+def test_hooks_see_what_is_computed_and_forwards_come_back(space: str) -> None:
     model = small()
-    shared, _ = evaluators(model, "head")
+    shared, _ = evaluators(model, space)
     rows: list[int] = []
     handle = model.up.register_forward_hook(lambda m, a, out: rows.extend((len(a[0]), len(out))))
     wrapped: Callable[[Tensor], Tensor] = lambda x: nn.LayerNorm.forward(model.norm, x)  # noqa: E731
     model.norm.forward = wrapped  # type: ignore[method-assign]
     shared.losses(probes(), batch(5), Gaussian())
     handle.remove()
-    assert rows == [20, 20]
+    assert rows == ([5, 5] if space == "head" else [20, 20])
     assert [n for n, m in model.named_modules() if "forward" in vars(m)] == ["norm"]
     assert model.norm.forward is wrapped
 

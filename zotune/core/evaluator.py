@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from zotune.core import forwards as _forwards  # registers the fast probed forwa
 from zotune.core import image_forwards as _image_forwards
 from zotune.core.exact import LastLayers
 from zotune.core.perturbation import Perturbation
-from zotune.core.prefix import sharing, site_free
+from zotune.core.prefix import Prefix
 from zotune.core.probe import Losses, Probe
 from zotune.core.sites import StackingError, View, observing, probing, sites_of
 from zotune.core.space import Space
@@ -84,7 +85,7 @@ class TorchEvaluator(Evaluator):
         self.space = space
         self.sites = sites_of(space.probed)
         self.last = LastLayers(self.model, [b for b in space if b.exact])
-        self.prefix = site_free(self.model, self.sites) if self.fast else []
+        self.prefix = Prefix.of(self.model, [*self.sites, *self.last.sites])
 
     @torch.no_grad()
     def losses(
@@ -142,7 +143,8 @@ class TorchEvaluator(Evaluator):
         stacked = batch.repeat(len(probes))
         rows = max(len(t) for t in stacked.tensors.values())
         view = View(probes, batch.size, perturbation, first, rows)
-        with probing(self.sites, view, self.fast), sharing(self.prefix, view), self.last.held():
+        shared = self.prefix.shared(view) if self.fast else nullcontext()
+        with probing(self.sites, view, self.fast), shared, self.last.held():
             loss, weight = self.objective(self.model, stacked)
             self.last.add_(loss, weight)
         self.visited |= view.visited
