@@ -254,3 +254,8 @@ def test_a_run_of_some_contenders_keeps_the_others_rows_and_their_commit(
     commits = {k.split("(")[0]: e["commit"] for k, e in found["details"]["contenders"].items()}
     assert commits == {"subzero": "second", "jaguar": "second", "zo-sign": "first"}
     assert len(found["rows"]) == 6
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py")))
+def test_every_benchmark_finds_what_it_imports(name: str) -> None:
+    import_module(f"benchmarks.{name}" if name != "__init__" else "benchmarks")

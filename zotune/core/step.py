@@ -154,7 +154,7 @@ class Tuner:
             self.recent.appendleft(estimate)
             self.applied += 1
             self.now.perturbation.leave_(self.active, estimate)
-            for block in self.active:
+            for block in (b for b in self.active if not b.still):
                 self._move_(block, report.lr, estimate.key, before)
             self.now.perturbation.learn_(self.active, estimate)
         self.done += 1

@@ -20,6 +20,7 @@ from zotune.methods import AnyMethod
 from zotune.models import Loaded, PooledClassifier
 from zotune.quant import quantize_model_
 from zotune.quant.graph import Graph
+from zotune.quant.model import default_exclude
 from zotune.tasks.data import read_table
 from zotune.tasks.task import Example, Task
 from zotune.tasks.vision import ImageClassification
@@ -133,7 +134,7 @@ def open_model(config: TrainConfig | EvalConfig, model: nn.Module | Loaded | Non
     loaded = from_module(model)
     loaded.model.to(config.device)
     if config.scheme is not None:
-        quantize_model_(loaded.model, config.scheme)
+        quantize_model_(loaded.model, config.scheme, default_exclude(loaded.kind))
     return loaded
 
 
