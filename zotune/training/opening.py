@@ -17,7 +17,7 @@ from zotune.core.spaces import Head, Norms, Scales
 from zotune.core.spaces.parameters import heads
 from zotune.errors import BadInput, DataError
 from zotune.methods import AnyMethod
-from zotune.models import Loaded, PooledClassifier
+from zotune.models import Loaded, PooledClassifier, set_compute_dtype_
 from zotune.quant import quantize_model_
 from zotune.quant.graph import Graph
 from zotune.quant.model import default_exclude
@@ -135,6 +135,7 @@ def open_model(config: TrainConfig | EvalConfig, model: nn.Module | Loaded | Non
     loaded.model.to(config.device)
     if config.scheme is not None:
         quantize_model_(loaded.model, config.scheme, default_exclude(loaded.kind))
+        set_compute_dtype_(loaded.model, config.compute_dtype)
     return loaded
 
 
