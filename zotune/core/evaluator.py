@@ -273,7 +273,9 @@ class FunctionEvaluator(Evaluator):
         values = []
         for probe in probes:
             view = View([probe], 1, perturbation)
-            point = {b.name: view.value(b, view.parts[0]) for b in self.space.blocks}
+            point = {
+                b.name: b.value() if b.still else view.value(b, view.parts[0]) for b in self.space
+            }
             values.append(float(self.function(point, batch)))
         self.forwards += len(probes)
         return Losses.of(values)
