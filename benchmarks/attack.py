@@ -208,16 +208,19 @@ def rows_of(made: Setup, given: argparse.Namespace, add: Callable[[Row], None]) 
 
 
 def speed(made: Setup, given: argparse.Namespace, add: Callable[[Row], None]) -> None:
-    """Images a second at the full number of queries, fooled ones included."""
+    """Images a second: as the attack goes, where an image that is fooled leaves, and as if each
+    took all its queries, which is what the target is for."""
     repeats = -(-given.timed // len(made.images))
     images, labels = (t.repeat(repeats, *[1] * (t.dim() - 1))[: given.timed]
                       for t in (made.images, made.labels))  # fmt: skip
     began, cpu = time.perf_counter(), time.process_time()
-    zotune.attack(made.model, images, labels, budget=made.budget, queries=given.queries)
+    found = zotune.attack(made.model, images, labels, budget=made.budget, queries=given.queries)
     wall, busy = time.perf_counter() - began, time.process_time() - cpu
+    whole = int(found.queries.sum()) / given.queries  # images' worth of queries
     text = f"{made.name}: images a second, {given.queries} queries"
-    add(Row(text, len(images) / wall, "1/s", "target", FASTEST, at_least=True))
-    add(Row(f"{text}, per second of one core", len(images) / busy, "1/s"))
+    add(Row(f"{text} each", whole / wall, "1/s", "target", FASTEST, at_least=True))
+    add(Row(f"{text} each, per second of one core", whole / busy, "1/s"))
+    add(Row(f"{text} at most, fooled images leaving", len(images) / wall, "1/s"))
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -5,7 +5,7 @@
 
 A DDPM (285,000 parameters) learns scikit-learn's digits 0 to 4 by backprop and is quantized to
 int4-g16 (its linear layers: convolutions stay float). The target set is the same digits inverted,
-dark on white: 700 images to train on, 50 (dev) to choose each learning rate among two by (a third
+dark on white: 700 images to train on, 50 (dev) to choose each learning rate by (a third
 of the budget, one seed), 151 (test) for the table. Every contender may spend the same passes of a
 batch through the network, a forward with its backward counted three times, what `auto` looks at
 first included. "frechet" is the Fréchet distance of 128 samples to all 901 images, on the 64
@@ -64,11 +64,13 @@ class Contender:
 CONTENDERS = (
     Contender("mezo(units='relative', eps=0.05)", "norms+biases", (0.03, 0.1)),
     Contender("adamw", "norms+biases", (3e-3, 1e-2)),
-    Contender("qzo", "scales", (0.01, 0.03)),
+    Contender("qzo", "scales", (0.03, 0.3, 3.0)),
     Contender("adamw", "scales", (3e-3, 1e-2)),
-    Contender("mezo(units='relative', eps=0.05)", "lora", (3e-3, 1e-2)),
+    Contender("mezo(units='relative', eps=0.05)", "lora", (0.03, 0.3, 3.0)),
     Contender("lora", "lora", (3e-3, 1e-2)),
     Contender("auto", "norms+biases"),
+    Contender("auto", "scales"),
+    Contender("auto", "lora"),
 )
 
 

@@ -21,7 +21,7 @@ from zotune.core.evaluator import TorchEvaluator
 from zotune.core.spaces import get
 from zotune.core.step import Tuner
 from zotune.quant import QuantLinear, Scheme
-from zotune.quant.model import float_linears, replace_
+from zotune.quant.model import float_layers, replace_
 from zotune.tasks.batch import Batch
 from zotune.tasks.sampling import run
 
@@ -57,7 +57,8 @@ def random_model(sizes: dict[str, Any], device: str) -> nn.Module:
 
     with init_empty_weights(include_buffers=False):
         model: nn.Module = SD3Transformer2DModel(**sizes)
-    for name, old in list(float_linears(model)):
+    linears = [(name, m) for name, m in float_layers(model) if isinstance(m, nn.Linear)]
+    for name, old in linears:
         layer = QuantLinear(
             old.in_features, old.out_features, SCHEME, bias=old.bias is not None, name=name,
             dtype=torch.bfloat16, device=device,

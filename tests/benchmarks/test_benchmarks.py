@@ -186,3 +186,8 @@ def test_stream_compares_steps_with_what_they_read(tmp_path: Path) -> None:
     assert [rows[f"qzo/{s}: a step / reading"].met for s in ("disk", "memory")] == [False, True]
     assert rows["qzo/disk: peak"].met is False
     assert rows["qzo/disk: a step / a step in memory"].value == 1.0
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py")))
+def test_every_benchmark_finds_what_it_imports(name: str) -> None:
+    import_module(f"benchmarks.{name}" if name != "__init__" else "benchmarks")

@@ -23,6 +23,7 @@ from zotune.core.perturbation import Gaussian
 from zotune.core.probe import Probe
 from zotune.core.sites import View, probing, sites_of
 from zotune.core.spaces import Biases, Codes, Norms, Scales, Weights, Zeros
+from zotune.models.shift import Shift
 from zotune.quant import QuantConv2d, Scheme
 from zotune.tasks.batch import Batch
 
@@ -120,6 +121,23 @@ def test_batch_norms(
     probes=probe_lists(),
     examples=st.integers(1, 3),
     k=st.integers(1, 2),
+    dtype=st.sampled_from(tuple(TOLERANCE)),
+    last=st.booleans(),
+)
+def test_shifts_of_batch_norms(
+    probes: list[Probe], examples: int, k: int, dtype: torch.dtype, last: bool
+) -> None:
+    module = Shift(*(torch.arange(4.0) * f - 1 for f in (1.0, 0.5, 0.3)), share=0.5)
+    block = FloatBlock.of("m.share", module.share, [Owner("m", module, "share")])
+    view = view_of(probes, examples, k)
+    agree(module, [block], view, images(view.rows, 4, last, dtype), TOLERANCE[dtype])
+
+
+@settings(max_examples=30)
+@given(
+    probes=probe_lists(),
+    examples=st.integers(1, 3),
+    k=st.integers(1, 2),
     space=st.sampled_from((Weights(), Biases(), Weights(pattern="weight"))),
     groups=st.sampled_from((1, 2)),
     padding=st.sampled_from((0, 1, "same")),
@@ -191,7 +209,7 @@ def test_norms_of_a_network_hold_its_batch_norms_and_leave_its_statistics() -> N
 
 
 def test_each_image_layer_has_its_forward() -> None:
-    assert {nn.Conv2d, nn.BatchNorm2d, QuantConv2d} <= set(sites._FORWARDS)
+    assert {nn.Conv2d, nn.BatchNorm2d, QuantConv2d, Shift} <= set(sites._FORWARDS)
 
 
 @pytest.mark.parametrize("size", [4, 5, 6, 8])
@@ -217,5 +235,5 @@ def test_what_lies_below_the_head_runs_once_whatever_the_size_of_batch_and_pictu
         for fast in (True, False)
     )
     handle.remove()
-    assert rows == [size, 4 * size]
+    assert rows == [size, 4 * size]  # fast, slow
     torch.testing.assert_close(shared.per_example, alone.per_example, rtol=1e-6, atol=1e-6)

@@ -78,6 +78,7 @@ def counted(space: str, lanes: bool = False) -> tuple[list[int], list[int], list
     model = Counted()
     model.load_state_dict(small().state_dict())
     shared, _ = evaluators(model.eval(), space)
+    shared.losses(probes(lanes), batch(5), Gaussian())  # what cannot be shared is found out once
     for counter in (model.low, model.middle, model.high):
         counter.rows.clear()
     shared.losses(probes(lanes), batch(5), Gaussian())
@@ -150,6 +151,107 @@ def test_outputs_without_rows_and_rows_with_heads_are_told_apart(size: int, lane
     assert agree(model.eval().requires_grad_(False), "head", size, lanes)
 
 
+class Blocks(nn.Module):
+    """Calls the blocks of a Sequential one by one, works between them, and keeps every state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(29, HIDDEN)
+        self.stage = nn.Sequential(*(nn.Linear(HIDDEN, HIDDEN) for _ in range(3)))
+        self.head = nn.Linear(4 * HIDDEN, 3)
+        self.between: list[int] = []
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        states = [self.embed(input_ids)]
+        for block in self.stage:
+            states.append(torch.relu(block(states[-1]) + states[-1]))
+            self.between.append(len(states[-1]))
+        out: Tensor = self.head(torch.cat([s.mean(1) for s in states], 1))
+        return out
+
+
+@pytest.mark.parametrize(
+    "space", ["head", "head(basis='classes')", "head(exact=True)", "weights(pattern='head.bias')"]
+)
+def test_what_a_model_does_between_its_children_runs_on_one_copy_too(space: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Blocks().eval().requires_grad_(False)
+    shared, plain = evaluators(model, space)
+    blocks, counts = [model.embed, *model.stage], list[int]()
+    handles = [
+        b.register_forward_hook(lambda m, args, out: counts.append(len(out))) for b in blocks
+    ]
+    model.between.clear()
+    a = shared.losses(probes(), batch(5), Gaussian())
+    assert model.between == [5, 5, 5]
+    assert counts == [5, 5, 5, 5]
+    for handle in handles:
+        handle.remove()
+    b = plain.losses(probes(), batch(5), Gaussian())
+    torch.testing.assert_close(a.per_example, b.per_example, rtol=0, atol=2e-5)
+    assert a.exact.keys() == b.exact.keys()
+    for name, g in a.exact.items():
+        torch.testing.assert_close(g, b.exact[name], rtol=0, atol=2e-6)
+
+
+def test_blocks_of_a_sequential_that_are_called_one_by_one_are_shared_below_a_site() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Blocks().eval().requires_grad_(False)
+    shared, _ = evaluators(model, "weights(pattern='stage.2|head')")
+    counts: list[int] = []
+    computed = [type(m).forward for m in model.stage]
+    assert len(computed) == 3
+    own = nn.functional.linear
+
+    def counted(x: Tensor, *args: Any) -> Tensor:
+        counts.append(len(x))
+        return own(x, *args)
+
+    nn.functional.linear = counted
+    try:
+        shared.losses(probes(), batch(5), Gaussian())
+    finally:
+        nn.functional.linear = own
+    assert counts[:2] == [5, 5]
+
+
+class Remembers(Small):
+    """Looks at the batch size before its head and uses it behind."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        size = len(input_ids)
+        x = self.embed(input_ids)
+        x = x + self.down(torch.tanh(self.up(self.norm(x))))
+        out: Tensor = self.head(x)
+        if self.how == "pick":
+            return out[torch.arange(size), -1]
+        if self.how == "view":
+            return out.reshape(size, -1)[:, :3]
+        if self.how == "tuple":
+            return (out[:, -1], x)[0] + x.mean((1, 2)).unsqueeze(1)
+        return out[:, -1]
+
+
+@pytest.mark.parametrize("how", ["pick", "view", "tuple", "none"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_model_that_remembers_its_batch_size_gets_its_rows(how: str, size: int) -> None:
+    """It is run a second time with all its rows, and from then on at once."""
+    model = Remembers(how)
+    model.load_state_dict(small().state_dict())
+    shared, plain = evaluators(model.eval().requires_grad_(False), "head")
+    for _ in range(2):
+        a, b = (e.losses(probes(), batch(size), Gaussian()).per_example for e in (shared, plain))
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+    kept = shared.prefix.top is not None
+    assert kept == (how == "none" or (size == 1 and how == "tuple"))
+
+
 def test_a_layer_that_is_used_below_and_above_a_site_is_shared_only_below() -> None:
     class Twice(Counted):
         def forward(self, input_ids: Tensor) -> Tensor:
@@ -163,6 +265,7 @@ def test_a_layer_that_is_used_below_and_above_a_site_is_shared_only_below() -> N
     model.eval().requires_grad_(False)
     assert agree(model, "weights(pattern='up')", 3, False)
     shared, _ = evaluators(model, "weights(pattern='up')")
+    shared.losses(probes(), batch(5), Gaussian())
     model.middle.rows.clear()
     shared.losses(probes(), batch(5), Gaussian())
     assert model.middle.rows == [5, 20]
@@ -205,16 +308,17 @@ def test_copies_of_one_batch_are_told_from_different_rows() -> None:
     assert torch.allclose(a, b, rtol=0, atol=2e-5)
 
 
-def test_hooks_see_the_whole_stack_and_forwards_come_back() -> None:
+@pytest.mark.parametrize("space", ["head", "head + norms"])
+def test_hooks_see_what_is_computed_and_forwards_come_back(space: str) -> None:
     model = small()
-    shared, _ = evaluators(model, "head")
+    shared, _ = evaluators(model, space)
     rows: list[int] = []
     handle = model.up.register_forward_hook(lambda m, a, out: rows.extend((len(a[0]), len(out))))
     wrapped: Callable[[Tensor], Tensor] = lambda x: nn.LayerNorm.forward(model.norm, x)  # noqa: E731
     model.norm.forward = wrapped  # type: ignore[method-assign]
     shared.losses(probes(), batch(5), Gaussian())
     handle.remove()
-    assert rows == [20, 20]
+    assert rows == ([5, 5] if space == "head" else [20, 20])
     assert [n for n, m in model.named_modules() if "forward" in vars(m)] == ["norm"]
     assert model.norm.forward is wrapped
 

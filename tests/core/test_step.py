@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toys import CASES, Case, batch, cross_entropy, digest, point
 
-from zotune.core import nouns, step
+from zotune.core import nouns, spaces, step
 from zotune.core.estimator import Estimate, Estimator, OneSided, PerExample, TwoSided
 from zotune.core.evaluator import FunctionEvaluator, TorchEvaluator
 from zotune.core.grid import Rounded
@@ -41,6 +41,41 @@ def sphere(values: dict[str, Tensor], _: Any) -> float:
 
 def tuner_of(space: Space, method: Method, f: Any = sphere, **options: Any) -> Tuner:
     return Tuner(space, method, seed=7, evaluator=FunctionEvaluator(space, f), **options)
+
+
+# ---- what stays ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [SignSGD(), Adam()], ids=["sign", "adam"])
+def test_a_block_without_a_rate_is_neither_probed_nor_moved(rule: Any) -> None:
+    space = tensors({"x": torch.ones(3)}) + tensors({"y": torch.ones(3)}, lr=0.0)
+    seen: list[Tensor] = []
+
+    def f(values: dict[str, Tensor], _: Any) -> float:
+        seen.append(values["y"].clone())
+        return sphere(values, _)
+
+    tuner = tuner_of(space, Method("m", rule=rule, lr=0.01), f)
+    for _ in range(3):
+        tuner.step(None)
+    assert len(seen) == 6
+    assert all(torch.equal(y, torch.ones(3)) for y in seen)
+    x, y = (block.value() for block in space)
+    assert not torch.equal(x, torch.ones(3))
+    assert torch.equal(y, torch.ones(3))
+    assert [block.name for block in space.probed] == ["x"]
+
+
+def test_layers_that_stay_cost_no_probed_forward() -> None:
+    model = Case("norms").model()
+    space = spaces.parse("norms(lr=0.0) + head").build(model)
+    evaluator = TorchEvaluator(model, space, cross_entropy)
+    tuner = Tuner(space, Method("m", lr=0.1), 7, evaluator=evaluator, total=1)
+    before = [block.value().clone() for block in space]
+    tuner.step(batch())
+    moved = [not torch.equal(a, b.value()) for a, b in zip(before, space, strict=True)]
+    assert moved == [block.name.startswith("head") for block in space]
+    assert evaluator.visited == {"head"}
 
 
 # ---- order ---------------------------------------------------------------------------

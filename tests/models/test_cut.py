@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training.freezing import frozen
 
 from zotune.errors import BadInput
+from zotune.models.adapter import LowRank, attach
 from zotune.models.cut import Trunk, layers_of
 
 
@@ -122,3 +123,17 @@ def test_a_layer_with_two_outputs_is_refused() -> None:
     trunk = Trunk.of(model, lambda: model(torch.ones(1, 2)))
     with pytest.raises(BadInput, match="gives 2 values in a tuple"):
         trunk.state(2, lambda: model(torch.ones(1, 2)))
+
+
+def test_what_hangs_on_a_layer_below_is_in_the_state_already() -> None:
+    """An adapter acts by a hook of its layer, which answers with the state while it is handed."""
+    model = toys.fill_(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))))
+    x = torch.ones(2, 4)
+    trunk = Trunk.of(model, lambda: model(x))
+    for k, layer in enumerate(model):
+        attach(layer, LowRank(torch.full((1, 4), 0.5), torch.full((4, 1), 0.1 + k)))
+    whole = model(x)
+    state = trunk.state(2, lambda: model(x))
+    with trunk.handing(2, state):
+        assert torch.equal(model(torch.zeros(2, 4)), whole)
+    assert torch.equal(model(x), whole)

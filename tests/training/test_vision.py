@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from transformers import TrainerCallback
 
 from zotune.errors import BadInput
 from zotune.models import fingerprint, load, write
@@ -44,6 +44,8 @@ def config(folder: Path, out: Path, **options: Any) -> TrainConfig:
 RUNS: list[dict[str, Any]] = [
     {"method": "auto"},
     {"method": "auto", "space": "norms + head(basis='classes')"},
+    {"method": "auto", "space": "norms(basis='shift') + head(basis='classes')"},
+    {"method": "mezo", "space": "norms(basis='shift', share=1.0, lr=0.0)", "max_steps": 1},
     {"method": "qzo", "space": "scales", "scheme": "int4-channel"},
     {"method": "zoqo", "space": "codes", "scheme": "int8-channel-a8"},
     {"method": "mezo", "space": "weights", "scheme": None},
@@ -61,29 +63,39 @@ def test_what_a_run_measured_is_what_it_saved_and_what_its_journal_replays(
     assert fingerprint(load(tmp_path / "again").model) == fingerprint(load(model).model)
 
 
-def test_a_run_that_stops_goes_on_with_the_same_pictures(folder: Path, tmp_path: Path) -> None:
-    straight = train(config(folder, tmp_path / "straight", method="mezo", space="norms"))
-    cut = config(folder, tmp_path / "cut", method="mezo", space="norms")
+@pytest.mark.parametrize("space", ["norms", "norms(basis='shift') + head(exact=True)"])
+def test_a_run_that_stops_goes_on_with_the_same_pictures(
+    folder: Path, tmp_path: Path, space: str
+) -> None:
+    options = {
+        "method": "mezo(units='relative', eps=0.1)", "learning_rate": 0.1, "space": space,
+        "save_steps": 2,
+    }  # fmt: skip
+    straight = train(config(folder, tmp_path / "straight", **options))
 
     class Stop(Exception):
         pass
 
-    steps: list[int] = []
+    class Stopping(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                raise Stop
 
-    def stopping(model: nn.Module, args: Any) -> None:
-        steps.append(1)
-        if len(steps) == 8:  # in the middle of the steps
-            raise Stop
-
-    loaded = load(folder, scheme="int8-channel")
-    handle = loaded.model.register_forward_pre_hook(stopping)
     with pytest.raises(Stop):
-        train(cut, model=loaded)
-    handle.remove()
-    resumed = train(config(folder, tmp_path / "cut", method="mezo", space="norms",
-                           resume_from_checkpoint=True))  # fmt: skip
+        train(config(folder, tmp_path / "cut", **options), callbacks=[Stopping])
+    resumed = train(config(folder, tmp_path / "cut", resume_from_checkpoint=True, **options))
     assert resumed.after == straight.after
     prints = [fingerprint(load(tmp_path / run / "model").model) for run in ("straight", "cut")]
+    assert prints[0] == prints[1]
+
+
+def test_a_model_given_as_an_object_is_quantized_as_one_given_by_name(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Its head stays float, so that a run can go on from the folder."""
+    for name, given in (("named", None), ("given", load(folder))):
+        train(config(folder, tmp_path / name, max_steps=1), model=given)
+    prints = [fingerprint(load(tmp_path / n / "model").model) for n in ("named", "given")]
     assert prints[0] == prints[1]
 
 

@@ -44,9 +44,9 @@ class Owner:
 class Block(ABC):
     """One named tensor of a space.
 
-    `eps` and `lr` override the method's for this block. After `bind_`, a probe sees
-    theta + step * reach * u and an update moves theta by -stride * rule(g). `exact`
-    blocks are not probed: forward passes give their gradient (a head's). `memory` is what the
+    `eps` and `lr` override the method's for this block; with lr=0 it stays. After `bind_`, a probe
+    sees theta + step * reach * u and an update moves theta by -stride * rule(g). `exact` blocks
+    are not probed: forward passes give their gradient (a head's). `memory` is what the
     method's perturbation keeps of this block (a curvature, an anchor); most keep nothing.
     """
 
@@ -68,6 +68,11 @@ class Block(ABC):
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    @property
+    def still(self) -> bool:
+        """Whether it stays where it is: neither probed nor moved."""
+        return self.lr == 0
 
     @property
     def rows(self) -> int:

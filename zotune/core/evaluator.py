@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from zotune.core import pieces
 from zotune.core.exact import LastLayers
 from zotune.core.graphs import Cuda, Graphs, Record
 from zotune.core.perturbation import Perturbation
-from zotune.core.prefix import sharing, site_free
+from zotune.core.prefix import Prefix
 from zotune.core.probe import Losses, Probe
 from zotune.core.sites import StackingError, View, observing, probing, sites_of
 from zotune.core.space import Space
@@ -101,7 +102,7 @@ class TorchEvaluator(Evaluator):
         self.space = space
         self.sites = sites_of(space.probed)
         self.last = LastLayers(self.model, [b for b in space if b.exact])
-        self.prefix = site_free(self.model, self.sites) if self.fast else []
+        self.prefix = Prefix.of(self.model, [*self.sites, *self.last.sites])
         self.graphs = self._graphs()
 
     def _graphs(self) -> Graphs | None:
@@ -190,14 +191,14 @@ class TorchEvaluator(Evaluator):
         self, view: View, batch: Batch, sharing_prefix: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Loss and weight of every row."""
-        prefix = self.prefix if sharing_prefix else []
+        shared = self.prefix.shared(view) if self.fast and sharing_prefix else nullcontext()
         stacked = batch.repeat(len(view.probes))
         # How long a shared prompt is differs from batch to batch, which no recording can follow.
         recording = self.graphs is not None and self.graphs.off is None
         if self.narrow and not recording and not view.perturbation.observes:
             least = batch.size if view.lanes else 1
             stacked = replace(stacked, narrow=Narrow(view.narrowed, least))
-        with probing(self.sites, view, self.fast), sharing(prefix, view), self.last.held():
+        with probing(self.sites, view, self.fast), shared, self.last.held():
             loss, weight = self.objective(self.model, stacked)
             self.last.add_(loss, weight)
         return loss.detach(), weight.detach()
@@ -315,7 +316,9 @@ class FunctionEvaluator(Evaluator):
         values = []
         for probe in probes:
             view = View([probe], 1, perturbation)
-            point = {b.name: view.value(b, view.parts[0]) for b in self.space.blocks}
+            point = {
+                b.name: b.value() if b.still else view.value(b, view.parts[0]) for b in self.space
+            }
             values.append(float(self.function(point, batch)))
         self.forwards += len(probes)
         return Losses.of(values)

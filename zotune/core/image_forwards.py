@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from zotune.core.block import Block
 from zotune.core.forwards import scaled_outputs, too_large, values
 from zotune.core.sites import Site, View, probed, rows_per_part
+from zotune.models.shift import Shift
 from zotune.quant.conv import QuantConv2d, geometry_of
 
 
@@ -76,3 +77,16 @@ def batch_norm(site: Site, view: View, x: Tensor) -> Any:
     size = (len(view.parts), -1)
     factor, term = (_per_channel(view, t.expand(*size), x) for t in (factor, term))
     return x.mul(factor).add_(term)
+
+
+@probed(Shift)
+def shift(site: Site, view: View, y: Tensor) -> Any:
+    """One factor and one term per channel and part."""
+    module = site.module
+    assert isinstance(module, Shift)
+    if y.dim() != 4 or not rows_per_part(site, view, len(y)):
+        return NotImplemented
+    factor, term = (
+        _per_channel(view, t, y) for t in module.affine(values(view, site.blocks["share"]))
+    )
+    return y.mul(factor).add_(term)

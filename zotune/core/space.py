@@ -59,8 +59,8 @@ class Space:
 
     @property
     def probed(self) -> tuple[Block, ...]:
-        """The blocks that probes move: all but those whose gradient is exact."""
-        return tuple(b for b in self.blocks if not b.exact)
+        """The blocks that probes move: all but those whose gradient is exact, or that stay."""
+        return tuple(b for b in self.blocks if not b.exact and not b.still)
 
     def without(self, names: Iterable[str]) -> Space:
         gone = set(names)

@@ -177,7 +177,7 @@ class Tuner:
             self.applied += 1
             self.now.perturbation.leave_(self.active, estimate)
             self._turn = (self.done, report.lr, estimate.key, before)
-            self.left = {block.name: block for block in self.active}
+            self.left = {block.name: block for block in self.active if not block.still}
             self.settle_(self.left.keys() - self._waiting())
             self.now.perturbation.learn_(self.active, estimate)
         self.done += 1

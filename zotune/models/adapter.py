@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,34 +43,45 @@ class LowRank(nn.Module):
         hidden = F.linear(x, self.A.to(x.dtype))
         return F.linear(hidden, self.scaling * self.B.to(x.dtype))
 
+    def joined(self, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """What the layer gives with this beside it."""
+        added: Tensor = self(args[0])
+        return output + added
+
 
 def device_of(layer: nn.Module) -> torch.device:
     """Where a layer's tensors lie; the CPU if it has none."""
     return next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
 
 
-def attach(layer: nn.Module, adapter: LowRank) -> None:
-    """Add the adapter's output to the layer's from now on; a second adapter is an error."""
+class Joined(Protocol):
+    """What hangs on a layer and changes what it gives."""
+
+    def joined(self, args: tuple[Any, ...], output: Tensor) -> Tensor: ...
+
+
+def attach(layer: nn.Module, adapter: nn.Module) -> None:
+    """Join the adapter's output with the layer's from now on; a second adapter is an error."""
     if hasattr(layer, CHILD):
         raise BadInput("this layer has an adapter already; detach it before attaching another")
     layer.add_module(CHILD, adapter)
-    handle = layer.register_forward_hook(_add)
+    handle = layer.register_forward_hook(_join)
     object.__setattr__(layer, "_zotune_hook", handle)
 
 
-def _add(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    adapter = layer._modules[CHILD]
-    assert adapter is not None
-    return output + adapter(args[0])
+def _join(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    adapter = cast(Joined, layer._modules[CHILD])
+    return adapter.joined(args, output)
 
 
 def detach(model: nn.Module) -> None:
     """Remove every adapter from the model."""
     for _, layer, _ in list(adapters(model)):
-        _remove(layer)
+        remove(layer)
 
 
-def _remove(layer: nn.Module) -> None:
+def remove(layer: nn.Module) -> None:
+    """Take what hangs on the layer off."""
     layer._zotune_hook.remove()  # type: ignore[union-attr,operator]
     del layer._zotune_hook
     del layer._modules[CHILD]
@@ -86,7 +97,7 @@ def fold_(layer: nn.Module) -> None:
         if is_conv1d(layer):
             product = product.t()
         weight.copy_((weight.double() + product).to(weight.dtype))
-    _remove(layer)
+    remove(layer)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:

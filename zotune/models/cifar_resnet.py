@@ -26,7 +26,8 @@ class CifarResNetConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Sizes: depth = 6 n + 2 layers in three stages of n blocks.
 
     `head_states` "last" is the paper's; with "all" the classifier reads the mean of every state,
-    as an encoder's head may (`Head(layers="all")`).
+    as an encoder's head may (`Head(layers="all")`). `head_cells` 2 gives it the means of the four
+    quarters of a state instead of one mean.
 
     >>> CifarResNetConfig(depth=20).blocks
     3
@@ -40,12 +41,15 @@ class CifarResNetConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         width: int = 16,
         num_channels: int = 3,
         head_states: str = "last",
+        head_cells: int = 1,
         **options: Any,
     ) -> None:
         if head_states not in ("last", "all"):
             raise BadInput(f"head_states={head_states!r}; want 'last' or 'all'")
         self.depth, self.width, self.num_channels = depth, width, num_channels
-        self.head_states = head_states
+        if head_cells < 1:
+            raise BadInput(f"head_cells={head_cells}; want at least 1 cell along either side")
+        self.head_states, self.head_cells = head_states, head_cells
         labels = {} if "id2label" in options else {"num_labels": 10}
         super().__init__(**{**labels, **options})
 
@@ -62,9 +66,9 @@ class CifarResNetConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
     @property
     def head_inputs(self) -> int:
-        """Numbers that the classifier reads: the channels of the states it sees."""
+        """Numbers that the classifier reads: a mean per cell of each channel of the states."""
         every = self.width + self.blocks * 7 * self.width
-        return every if self.head_states == "all" else 4 * self.width
+        return self.head_cells**2 * (every if self.head_states == "all" else 4 * self.width)
 
 
 class Block(nn.Module):
@@ -108,7 +112,7 @@ class CifarResNetForImageClassification(PreTrainedModel):  # type: ignore[no-unt
         self.layer1 = _stage(width, width, blocks)
         self.layer2 = _stage(width, 2 * width, blocks)
         self.layer3 = _stage(2 * width, 4 * width, blocks)
-        self.every_state = config.head_states == "all"
+        self.every_state, self.cells = config.head_states == "all", config.head_cells
         self.classifier = nn.Linear(config.head_inputs, config.num_labels or 0)
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -123,9 +127,9 @@ class CifarResNetForImageClassification(PreTrainedModel):  # type: ignore[no-unt
                 x = block(x)
                 states.append(x)
         read = states if self.every_state else states[-1:]
-        means = torch.cat([state.mean((2, 3)) for state in read], dim=1)
+        means = [F.adaptive_avg_pool2d(state, self.cells).flatten(1) for state in read]
         return ImageClassifierOutputWithNoAttention(
-            logits=self.classifier(means),
+            logits=self.classifier(torch.cat(means, dim=1)),
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 

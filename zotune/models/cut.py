@@ -10,6 +10,7 @@ from where they always come from. No architecture has a class of its own here.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class Trunk:
         """While this is open, the modules below answer with `state` instead of computing: with its
         first rows where they are asked for fewer, by whoever runs one of several equal copies."""
         modules = [unit.module for unit in self.below(depth)]
-        own = [vars(module).get("forward") for module in modules]
+        own = [(vars(module).get("forward"), module._forward_hooks) for module in modules]
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             asked = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), state)
@@ -148,9 +149,11 @@ class Trunk:
         try:
             for module in modules:
                 module.forward = forward  # type: ignore[method-assign]
+                module._forward_hooks = OrderedDict()  # adapters are in the state already
             yield
         finally:
-            for module, held in zip(modules, own, strict=True):
+            for module, (held, hooks) in zip(modules, own, strict=True):
+                module._forward_hooks = hooks
                 if held is None:
                     vars(module).pop("forward", None)
                 else:

@@ -17,6 +17,7 @@ from zotune.models import Loaded, PooledClassifier
 from zotune.models import load as load_checkpoint
 from zotune.models.adapter import adapters, attach, detach, fold_, load_peft, save_peft
 from zotune.models.pipeline import is_pipeline, write_pipeline
+from zotune.models.shift import fold_shifts_
 from zotune.quant import formats
 from zotune.quant.export import Exporter, export_
 from zotune.quant.formats.folder import replace_folder
@@ -103,9 +104,10 @@ def without_adapters(model: nn.Module) -> Iterator[bool]:
 
 def round_to_storage_(model: nn.Module) -> None:
     """Make the model what its file will hold, so that memory and file give the same numbers:
-    tensors rounded to their stored dtype, a head's basis folded into the head, layers that were
-    trained through their rounding quantized."""
+    tensors rounded to their stored dtype, a head's basis and shifts of norms folded into their
+    layers, layers that were trained through their rounding quantized."""
     quantize_(model)
+    fold_shifts_(model)
     inside = heads(model)
     for _, layer, _ in list(adapters(model)):
         if id(layer) in inside:

@@ -16,6 +16,7 @@ from zotune.errors import BadInput, JournalError
 from zotune.methods import records
 from zotune.models import PooledClassifier
 from zotune.models.adapter import CHILD, LowRank, adapters, attach, device_of
+from zotune.models.shift import Shift, norms_of, shifts
 from zotune.tasks.data import fingerprint as data_fingerprint
 from zotune.training.batches import spread
 from zotune.training.journal import Journal
@@ -52,6 +53,7 @@ def header_of(bench: Bench) -> dict[str, Any]:
         "head": list(bench.model.head.weight.shape) if wrapped else None,  # type: ignore[union-attr,arg-type]
         "adapters": {p: a.scaling for p, _, a in adapters(bench.model)
                      if f"{p}.{CHILD}.A" in bench.added},
+        "shifts": [path for path, _, _ in shifts(bench.model)],
         "stack": bench.evaluator.stack,
         "room": bench.evaluator.room,
         "streamed": bench.streaming is not None,
@@ -119,6 +121,11 @@ def place_added_(model: nn.Module, header: dict[str, Any], attached: Mapping[str
         b = held.pop(f"{path}.{CHILD}.B", None)
         zeros = a.new_zeros(sizes(layer)[1], a.shape[0])
         attach(layer, LowRank(a, zeros if b is None else b, scaling).to(device_of(layer)))
+    norms = dict(norms_of(model))
+    for path in header.get("shifts", ()):
+        if path not in norms:
+            raise JournalError(f"the journal moves the norm {path!r}, which this model has not")
+        attach(norms[path], Shift.none(norms[path]))
     if header["head"] and header["head"][1] != model.head.in_features:  # type: ignore[union-attr]
         model.widen_()  # type: ignore[operator]
     own = model.state_dict()

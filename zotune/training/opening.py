@@ -17,9 +17,10 @@ from zotune.core.spaces import Head, Norms, Scales
 from zotune.core.spaces.parameters import heads
 from zotune.errors import BadInput, DataError
 from zotune.methods import AnyMethod
-from zotune.models import Loaded, PooledClassifier
+from zotune.models import Loaded, PooledClassifier, set_compute_dtype_
 from zotune.quant import formats, quantize_model_
 from zotune.quant.graph import Graph
+from zotune.quant.model import default_exclude
 from zotune.tasks.data import read_table
 from zotune.tasks.task import Example, Task
 from zotune.tasks.vision import ImageClassification
@@ -139,7 +140,8 @@ def open_model(
     if shelf is None:
         loaded.model.to(config.device)
     if config.scheme is not None:
-        quantize_model_(loaded.model, config.scheme)
+        quantize_model_(loaded.model, config.scheme, default_exclude(loaded.kind))
+        set_compute_dtype_(loaded.model, config.compute_dtype)
     return loaded
 
 

@@ -73,10 +73,17 @@ def test_a_run_on_cached_features_is_the_same_run(
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("cnn", "mezo(units='relative')"), ("resnet", "adamw")]
+    ("kind", "method", "space"),
+    [
+        ("cnn", "mezo(units='relative')", "weights"),
+        ("resnet", "adamw", "weights"),
+        ("resnet", "mezo(units='relative')", "norms(basis='shift') + weights(pattern='linear')"),
+    ],
 )
-def test_feature_maps_are_cached_as_well(tmp_path: Path, kind: str, method: str) -> None:
-    given = {"freeze": "0.5@4,0.75@10", "method": method, "max_steps": 20}
+def test_feature_maps_are_cached_as_well(
+    tmp_path: Path, kind: str, method: str, space: str
+) -> None:
+    given = {"freeze": "0.5@4,0.75@10", "method": method, "max_steps": 20, "space": space}
     without = end(tmp_path / "plain", kind, count=12, **given)
     cached = end(tmp_path / "cached", kind, count=12, cache_dir=str(tmp_path / "cache"), **given)
     assert cached == without

@@ -11,7 +11,8 @@ from zotune.core.spaces.clipping import Activations, Clipping
 from zotune.core.spaces.head import Head
 from zotune.core.spaces.latents import Latents
 from zotune.core.spaces.lora import Lora
-from zotune.core.spaces.parameters import Biases, Norms, Weights
+from zotune.core.spaces.norms import Norms
+from zotune.core.spaces.parameters import Biases, Weights
 from zotune.core.spaces.quantized import Codes, Scales, Zeros
 from zotune.core.spaces.transforms import Transforms
 from zotune.errors import BadInput

@@ -1,4 +1,4 @@
-"""Spaces over float parameters: all of them, norms, biases."""
+"""Spaces over float parameters: all of them, biases; and how their blocks are found."""
 
 from __future__ import annotations
 
@@ -124,16 +124,6 @@ class Weights(SpaceSpec):
             return not is_quantized(owner)
 
         return blocks_of(model, self, keep, self.pattern, "float parameters", False)
-
-
-@dataclass(frozen=True)
-class Norms(SpaceSpec):
-    """Gains and biases of normalisation layers."""
-
-    pattern: str | None = None
-
-    def build(self, model: nn.Module, observe: Observe | None = None) -> Space:
-        return blocks_of(model, self, is_norm, self.pattern, "norms")
 
 
 @dataclass(frozen=True)
