@@ -39,7 +39,8 @@ from zotune.core.calls import split_calls
 from zotune.models import load
 from zotune.quant.calibrate import calibrate_, recipe
 from zotune.training import TrainConfig, train
-from zotune.training.qat import Preparation, fake_, zeroqat
+from zotune.training.preparation import Preparation, fake_
+from zotune.training.qat import zeroqat
 
 DATA = Path(os.environ.get("ZOTUNE_DATA", Path(__file__).parents[1] / "../shared/data"))
 STORIES = DATA / "stories260K-hf"

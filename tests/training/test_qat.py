@@ -18,7 +18,8 @@ from zotune.models import load
 from zotune.quant import QuantLinear
 from zotune.quant.qat import fake_layers
 from zotune.training.objective import Objective
-from zotune.training.qat import Preparation, fake_, start_, zeroqat
+from zotune.training.preparation import Preparation, fake_, start_
+from zotune.training.qat import zeroqat
 from zotune.training.quantize import quantize
 
 DATA = Path(os.environ.get("ZOTUNE_DATA", "../shared/data"))
@@ -54,7 +55,7 @@ def test_a_run_leaves_ordinary_quantized_layers_and_says_what_it_reached(tmp_pat
     assert list(numbers) == ["float", "rtn", "start", "after"]
     assert numbers["after"] == found.result.after
     assert numbers["after"] < numbers["start"]
-    assert set(found.refused) == {"up", "down"}  # no family whose folds are known
+    assert set(found.exceptions["unfolded"]) == {"up", "down"}  # no family whose folds are known
     assert found.result.trainable == 2 * 16 * 32 + 2 * (32 * 2 + 16 * 4)  # no transforms to tune
 
 

@@ -21,6 +21,7 @@ from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
 from zotune.quant.qat.smoothing import Run, layer_output, smooth_
 
 DAMPING: Final = 0.01  # GPTQ's
+MADE_UP: Final = (0.0, 0.5, 1.0)
 SHARES: Final = tuple(1.0 - k / 20 for k in range(15))
 TOKENS: Final = 8192
 """Tokens of a batch that a layer is searched on, at most."""
@@ -64,7 +65,7 @@ def search_(
             if clip:
                 clip_(layers[name], seen[name])
             if compensate:
-                compensate_(layers[name], seen[name], name)
+                _best_compensation_(layers[name], seen[name], name, inputs[name], run)
             if clip_inputs:
                 clip_inputs_(layers[name], seen[name])
     return [name for name in layers if name not in inputs]
@@ -150,9 +151,19 @@ def clip_(layer: FakeQuantLinear, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def compensate_(layer: FakeQuantLinear, x: Tensor, name: str = "layer") -> None:
+def compensate_(
+    layer: FakeQuantLinear,
+    x: Tensor,
+    name: str = "layer",
+    exact_x: Tensor | None = None,
+    share: float = 1.0,
+) -> None:
     """Let the weights behind each column make up for its rounding, as GPTQ does (2022, arXiv
     2210.17323), on the layer's grid as it is; what is rounded later is what GPTQ would round.
+
+    With the inputs that the layer has in the exact model, weights also make up for a `share` of
+    what the rounding of activations, its own and of the layers before, takes from them (GPTAQ,
+    2025, arXiv 2504.02692): least squares of W x_exact by W' A(x).
 
     The thresholds, shares of the weights' new extremes, are set so that the grid stays.
     """
@@ -164,6 +175,12 @@ def compensate_(layer: FakeQuantLinear, x: Tensor, name: str = "layer") -> None:
     zeros = None if zero is None else affine.per_weight(zero, columns, size).expand(-1, columns)
     upper = inverse_factor(seen.mT @ seen, DAMPING, name)
     rest = weight.double().clone()
+    if exact_x is not None:
+        layer.rounding = False
+        lost = layer.inputs(exact_x).double() - seen
+        layer.rounding = True
+        # W += share W (lost^T seen) (seen^T seen)^-1, the inverse being upper^T upper
+        rest += share * (rest @ (lost.mT @ seen) @ upper.mT @ upper)
     for k in range(columns):
         nearest = rest[:, k] / steps[:, k] + (0 if zeros is None else zeros[:, k])
         code = nearest.round().clamp(layer.scheme.lowest, layer.scheme.highest)
@@ -174,6 +191,25 @@ def compensate_(layer: FakeQuantLinear, x: Tensor, name: str = "layer") -> None:
         rest /= point.log_scale.exp()[layer.places].double()
     layer.weight.copy_(rest)
     layer.pin_(low, high)
+
+
+@torch.no_grad()
+def _best_compensation_(
+    layer: FakeQuantLinear, x: Tensor, name: str, exact_x: Tensor, run: Run
+) -> None:
+    """The share of the least loss of the model."""
+    start = [t.clone() for t in (layer.weight, layer.upper, layer.lower)]
+    best, least = start, math.inf
+    for share in MADE_UP:
+        for tensor, value in zip((layer.weight, layer.upper, layer.lower), start, strict=True):
+            tensor.copy_(value)
+        compensate_(layer, x, name, exact_x, share)
+        loss = run()
+        if loss < least:
+            best = [t.clone() for t in (layer.weight, layer.upper, layer.lower)]
+            least = loss
+    for tensor, value in zip((layer.weight, layer.upper, layer.lower), best, strict=True):
+        tensor.copy_(value)
 
 
 @torch.no_grad()
