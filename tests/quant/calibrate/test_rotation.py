@@ -152,6 +152,10 @@ def test_a_stream_with_unknown_neighbours_is_left_alone_and_says_why() -> None:
     lonely.model.decoder.final_layer_norm.weight[3] = 0.0
     assert "a bias where its gain is 0" in str(stream(lonely))
     assert "no neighbours are known" in str(stream(toys.small()))
+    spoiled = toys.llama()
+    spoiled.get_parameter("model.layers.1.mlp.up_proj.weight")[2, 3] = torch.inf
+    with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.up_proj"):
+        calibrate_(spoiled, "int4-g8", recipe([("rotate", {})]))
 
 
 def test_a_channel_that_is_always_zero_is_turned_exactly() -> None:

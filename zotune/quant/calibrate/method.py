@@ -1,5 +1,5 @@
-"""What a calibration method is: a rotation, which turns hidden states before anything is measured; a
-smoother, which moves scales between layers; or a rounder, which chooses codes."""
+"""What a calibration method is: a rotation, which turns hidden states before all else, a smoother,
+which moves scales between layers, or a rounder, which chooses codes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Rotation before anything is rounded: outliers of single channels spread over all of them.
 
-Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, arXiv 2404.00456; Liu
-et al., "SpinQuant", 2024, arXiv 2405.16406. A random Hadamard matrix with signs (of other sizes than
-powers of two, its Kronecker product with a dense orthogonal one) turns the residual stream, R1, and
-one of a head's width the values of every head, R2; both go into the weights, exactly.
+Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, arXiv 2404.00456;
+Liu et al., "SpinQuant", 2024, arXiv 2405.16406. A random Hadamard matrix with signs (of other sizes
+than powers of two, its Kronecker product with a dense orthogonal one) turns the residual stream,
+R1, and one of a head's width the values of every head, R2; both go into the weights, exactly.
 
 Changed: only what folds. QuaRot's rotations of keys, queries and of the down projection's input are
 computed while the model runs, which serving programs do not do; those layers are listed. SpinQuant
@@ -47,7 +47,7 @@ class Rotate(AbstractRotation):
 
     def __post_init__(self) -> None:
         if not (self.residual or self.values):
-            raise BadInput("rotate turns nothing with residual=False and values=False; leave it out")
+            raise BadInput("rotate turns nothing without residual and values; leave it out")
         if self.seed < 0:
             raise BadInput(f"seed={self.seed}; want 0 or more")
 

@@ -1,17 +1,17 @@
 """Turning hidden states by orthogonal matrices that neighbours absorb, so that outliers spread.
 
-A vector whose few large channels set its grid is rounded better after a rotation R (QuaRot, Ashkboos
-et al. 2024, arXiv 2404.00456; SpinQuant, Liu et al. 2024, 2405.16406). Two places take one exactly
-and leave nothing to compute when the model runs:
+A vector whose few large channels set its grid is rounded better after a rotation R (QuaRot,
+Ashkboos et al. 2024, arXiv 2404.00456; SpinQuant, Liu et al. 2024, 2405.16406). Two places take one
+exactly and leave nothing to compute when the model runs:
 
-    the residual stream   what writes it gives x R (embeddings, outputs of attention and MLP); a norm
-                          that reads it loses its gain g to the layers behind: W' = W diag(g) R
+    the residual stream   what writes it gives x R (embeddings, outputs of attention and MLP); a
+                          norm that reads it loses its gain g to what is behind: W' = W diag(g) R
     a head's values       W_v' = R^T W_v, and the output layer's columns of that head W_o' = W_o R
 
-RMSNorm lets every R pass. LayerNorm lets those pass that keep the vector of ones, since its mean and
-variance then stay what they are; its bias b becomes R^T (b / g). A head tied to the embedding is
-untied, because the last norm's gain goes into it alone. Down projections, whose input no rotation
-passes, stay as they are: nothing of this is done while the model runs.
+RMSNorm lets every R pass. LayerNorm lets those pass that keep the vector of ones, since its mean
+and variance then stay what they are; its bias b becomes R^T (b / g). A head tied to the embedding
+is untied, because the last norm's gain goes into it alone. Down projections, whose input no
+rotation passes, stay as they are: nothing of this is done while the model runs.
 
     found = stream(model)                where the residual flows, or why it cannot be turned
     rotate_stream_(model, found, turn)   in place
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from zotune.quant.calibrate.families import Row, flow, rows
 from zotune.quant.calibrate.folding import config_of, prefixes
-from zotune.quant.linear import is_conv1d, matrix
+from zotune.quant.linear import matrix
 from zotune.quant.model import float_layers
 
 
@@ -50,8 +50,8 @@ class Stream:
 
 
 def rotation(size: int, seed: int = 0, keeps_ones: bool = False) -> Tensor:
-    """A random orthogonal matrix (size, size), float64: signs times a Hadamard matrix of the largest
-    power of two in `size`, beside a dense one of what is left (Kronecker product).
+    """A random orthogonal matrix (size, size), float64: signs times a Hadamard matrix of the
+    largest power of two in `size`, beside a dense one of what is left (Kronecker product).
 
     keeps_ones: whether the vector of ones stays where it is.
 
@@ -119,6 +119,9 @@ def _obstacle(model: nn.Module, found: Stream, tables: tuple[str, ...]) -> str |
     """Why a stream cannot be turned: something touches it in an unknown way."""
     linears = {name for name, _ in float_layers(model)}
     known = {*found.writers, *found.readers}
+    for name in (*linears, *found.tables):
+        if not bool(model.get_submodule(name).get_parameter("weight").isfinite().all()):
+            return f"{name!r} has weights that are not finite, which a rotation would spread"
     if linears != known:
         return f"{min(linears ^ known)!r} is no float layer of a known place"
     if not found.tables or {n.rsplit(".")[-1] for n in found.tables} != set(tables):
@@ -127,7 +130,8 @@ def _obstacle(model: nn.Module, found: Stream, tables: tuple[str, ...]) -> str |
         norm: Any = model.get_submodule(name)
         if isinstance(norm, nn.LayerNorm) != found.centred or "Norm" not in type(norm).__name__:
             return f"{name!r} is another norm than those before"
-        if getattr(norm, "bias", None) is not None and bool((norm.bias[norm.weight == 0] != 0).any()):
+        bias = getattr(norm, "bias", None)
+        if bias is not None and bool(bias[norm.weight == 0].any()):
             return f"{name!r} has a bias where its gain is 0"
     return None
 

@@ -21,7 +21,9 @@ from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
 from zotune.quant.qat.smoothing import Run, layer_output, smooth_
 
 DAMPING: Final = 0.01  # GPTQ's
-MADE_UP: Final = (0.0, 0.5, 1.0)
+MADE_UP: Final = (
+    0.5  # of what rounding takes from activations; all of it fits the examples too well
+)
 SHARES: Final = tuple(1.0 - k / 20 for k in range(15))
 TOKENS: Final = 8192
 """Tokens of a batch that a layer is searched on, at most."""
@@ -65,7 +67,7 @@ def search_(
             if clip:
                 clip_(layers[name], seen[name])
             if compensate:
-                _best_compensation_(layers[name], seen[name], name, inputs[name], run)
+                compensate_(layers[name], seen[name], name, inputs[name])
             if clip_inputs:
                 clip_inputs_(layers[name], seen[name])
     return [name for name in layers if name not in inputs]
@@ -156,14 +158,13 @@ def compensate_(
     x: Tensor,
     name: str = "layer",
     exact_x: Tensor | None = None,
-    share: float = 1.0,
 ) -> None:
     """Let the weights behind each column make up for its rounding, as GPTQ does (2022, arXiv
     2210.17323), on the layer's grid as it is; what is rounded later is what GPTQ would round.
 
-    With the inputs that the layer has in the exact model, weights also make up for a `share` of
-    what the rounding of activations, its own and of the layers before, takes from them (GPTAQ,
-    2025, arXiv 2504.02692): least squares of W x_exact by W' A(x).
+    With the inputs that the layer has in the exact model, weights also make up for half of what
+    rounding takes from them, here and in the layers before: W' is between W and the least squares
+    of W x_exact by W' A(x), which GPTAQ takes whole (2025, arXiv 2504.02692).
 
     The thresholds, shares of the weights' new extremes, are set so that the grid stays.
     """
@@ -176,11 +177,8 @@ def compensate_(
     upper = inverse_factor(seen.mT @ seen, DAMPING, name)
     rest = weight.double().clone()
     if exact_x is not None:
-        layer.rounding = False
-        lost = layer.inputs(exact_x).double() - seen
-        layer.rounding = True
-        # W += share W (lost^T seen) (seen^T seen)^-1, the inverse being upper^T upper
-        rest += share * (rest @ (lost.mT @ seen) @ upper.mT @ upper)
+        lost = layer.inputs(exact_x, rounding=False).double() - seen
+        rest += MADE_UP * (rest @ (lost.mT @ seen) @ (upper.mT @ upper))  # (seen^T seen)^-1
     for k in range(columns):
         nearest = rest[:, k] / steps[:, k] + (0 if zeros is None else zeros[:, k])
         code = nearest.round().clamp(layer.scheme.lowest, layer.scheme.highest)
@@ -191,25 +189,6 @@ def compensate_(
         rest /= point.log_scale.exp()[layer.places].double()
     layer.weight.copy_(rest)
     layer.pin_(low, high)
-
-
-@torch.no_grad()
-def _best_compensation_(
-    layer: FakeQuantLinear, x: Tensor, name: str, exact_x: Tensor, run: Run
-) -> None:
-    """The share of the least loss of the model."""
-    start = [t.clone() for t in (layer.weight, layer.upper, layer.lower)]
-    best, least = start, math.inf
-    for share in MADE_UP:
-        for tensor, value in zip((layer.weight, layer.upper, layer.lower), start, strict=True):
-            tensor.copy_(value)
-        compensate_(layer, x, name, exact_x, share)
-        loss = run()
-        if loss < least:
-            best = [t.clone() for t in (layer.weight, layer.upper, layer.lower)]
-            least = loss
-    for tensor, value in zip((layer.weight, layer.upper, layer.lower), best, strict=True):
-        tensor.copy_(value)
 
 
 @torch.no_grad()
