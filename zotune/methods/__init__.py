@@ -71,7 +71,8 @@ def method(
     *, paper: str, year: int, arxiv: str, spaces: tuple[str, ...], memory: str
 ) -> Callable[[Factory], Factory]:
     """Mark a factory as a method. Its name is the function's, with dashes; the first of `spaces`
-    is its default, and what comes again counts once; `memory` says in words what it keeps beyond inference."""
+    is its default, and what comes again counts once; `memory` says in words what it keeps beyond
+    inference."""
 
     def mark(factory: Factory) -> Factory:
         name = factory.__name__.replace("_", "-")

@@ -3,10 +3,10 @@
     float model ─► fake-quantized layers ─► search (transforms, thresholds) ─► the ordinary run
                                                         on L(Q(W +- eps u)) ─► QuantLinear, folded
 
-Nothing of it is a second training loop: `zotune.training.preparation` makes a model whose layers are
-trained through their rounding, `zotune.training.train` trains it with any method on any of the spaces `latents`,
-`clipping`, `transforms` and `activations`, and where the run ends the layers become ordinary
-quantized ones, so that what is evaluated last is what is saved.
+Nothing of it is a second training loop: `zotune.training.preparation` makes a model whose layers
+are trained through their rounding, `zotune.training.train` trains it with any method on any of the
+spaces `latents`, `clipping`, `transforms` and `activations`, and where the run ends the layers
+become ordinary quantized ones, so that what is evaluated last is what is saved.
 
 Changed from the paper: where training starts is searched by forward passes, too, instead of two to
 four epochs of backprop; eps and the learning rate are measured (`auto`); a shift is tuned only

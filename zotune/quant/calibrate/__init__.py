@@ -72,8 +72,9 @@ class Report:
     """What was done, and what was not.
 
     layers: names of the quantized ones. unfolded: layers that a smoother found no neighbour for,
-    with the reason. unrotated: those whose inputs no rotation reaches. silent: how many channels of a layer's input were zero for all the text.
-    nearest: layers rounded to nearest though the method looks at inputs, with the reason.
+    with the reason. unrotated: those whose inputs no rotation reaches. silent: how many channels of
+    a layer's input were zero for all the text. nearest: layers rounded to nearest though the method
+    looks at inputs, with the reason.
     """
 
     layers: tuple[str, ...]

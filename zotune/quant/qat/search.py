@@ -21,9 +21,8 @@ from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
 from zotune.quant.qat.smoothing import Run, layer_output, smooth_
 
 DAMPING: Final = 0.01  # GPTQ's
-MADE_UP: Final = (
-    0.5  # of what rounding takes from activations; all of it fits the examples too well
-)
+MADE_UP: Final = 0.5
+"""Of what rounding takes from activations; all of it would fit the examples too well."""
 SHARES: Final = tuple(1.0 - k / 20 for k in range(15))
 TOKENS: Final = 8192
 """Tokens of a batch that a layer is searched on, at most."""
