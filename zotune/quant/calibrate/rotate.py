@@ -13,15 +13,22 @@ learns its matrices by backprop; these are drawn.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from torch import nn
 
 from zotune.errors import BadInput
-from zotune.quant.calibrate.families import CURVED
 from zotune.quant.calibrate.method import AbstractRotation
-from zotune.quant.calibrate.rotation import rotate_stream_, rotate_values_, rotation, stream
+from zotune.quant.calibrate.rotation import (
+    Stream,
+    rotate_stream_,
+    rotate_values_,
+    rotation,
+    stream,
+)
 from zotune.quant.model import float_layers
+
+MIXED: Final = "no rotation that was asked for passes what lies before it"
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,17 @@ class Rotate(AbstractRotation):
 
     def rotate_(self, model: nn.Module) -> dict[str, str]:
         """As above; a layer that reads neither is listed."""
-        left = {name: CURVED for name, _ in float_layers(model)}
+        names = [name for name, _ in float_layers(model)]
         found = stream(model)
-        if isinstance(found, str):
-            left = dict.fromkeys(left, found)
-        elif self.residual:
+        turned: set[str] = set()
+        if isinstance(found, Stream) and self.residual:
             size = model.get_submodule(found.tables[0]).get_parameter("weight").shape[1]
             rotate_stream_(model, found, rotation(size, self.seed, found.centred))
-        turned = set() if isinstance(found, str) or not self.residual else set(found.readers)
+            turned |= set(found.readers)
         if self.values:
             turned |= set(rotate_values_(model, self.seed))
-        return {name: why for name, why in left.items() if name not in turned}
+        why = MIXED if isinstance(found, Stream) else found
+        return {name: why for name in names if name not in turned}
 
 
 METHOD = Rotate
