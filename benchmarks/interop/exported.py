@@ -48,7 +48,7 @@ PACKAGES = (
     "torch", "transformers", "compressed-tensors", "gptqmodel", "gguf", "llama-cpp-python",
 )  # fmt: skip
 # Of the largest logit, where the library rounds activations to 8 bits, or 4 (by steps of its own).
-ROUNDED = {"": 1e-4, "-a8": 0.05, "-a4": 0.5}
+ROUNDED = {None: 1e-4, 8: 0.05, 4: 0.1}
 
 
 def main() -> None:
@@ -101,11 +101,12 @@ def compare(model: Path | None, to: str, scheme: str, method: str, scratch: Path
 
         own = formats.read(out, AutoModelForCausalLM, dtype=torch.float32)(ids).logits[0]
     theirs = LIBRARIES[to.removesuffix("_v2")](base, out, ids)
+    rounded_to = 8 if to == "gguf" else Scheme.parse(scheme).act_bits
     difference = float((own - theirs).abs().max() / own.abs().max())
     return {
         "logits": difference,
         "same_most_likely": float((own.argmax(-1) == theirs.argmax(-1)).float().mean()),
-        "met": difference <= ROUNDED["-a8" if to == "gguf" else scheme[scheme.find("-a") :][:3]],
+        "met": difference <= ROUNDED[rounded_to],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from training import lab
 
 from zotune import tasks
-from zotune.errors import BadInput, DataError
+from zotune.errors import BadInput, DataError, JournalError
 from zotune.models import load
 from zotune.quant import QuantLinear
 from zotune.quant.qat import fake_layers
@@ -22,6 +23,7 @@ from zotune.training.objective import Objective
 from zotune.training.preparation import Preparation, fake_, start_
 from zotune.training.qat import zeroqat
 from zotune.training.quantize import quantize
+from zotune.training.rebuild import replay
 
 DATA = Path(os.environ.get("ZOTUNE_DATA", "../shared/data"))
 STORIES = DATA / "stories260K-hf"
@@ -162,3 +164,36 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no layer to quantize"):
         zeroqat(config(tmp_path / "r"), HOW, model=toys.small(0, "int4-g8"), task=lab.task())
     assert torch.is_grad_enabled()
+
+
+def test_a_run_given_as_objects_is_replayed_with_its_task_and_says_so_without(
+    tmp_path: Path,
+) -> None:
+    whole = toys.small()
+    zeroqat(config(tmp_path / "run"), HOW, model=whole, task=lab.task())
+    with pytest.raises(JournalError, match="give task="):
+        replay(tmp_path / "run", toys.small())
+    again = toys.small()
+    found = replay(tmp_path / "run", again, task=lab.task())
+    assert found["steps"] == 12
+    assert toys.digest(again) == toys.digest(whole)
+
+
+def test_a_preparation_survives_json() -> None:
+    how = Preparation("int2-g8", exclude=("a", "b"), rotate=True, light=True)
+    assert Preparation.of(json.loads(json.dumps(dataclasses.asdict(how)))) == how
+
+
+@pytest.mark.parametrize("make", [toys.llama, toys.gpt2, toys.bert])
+def test_a_rotated_start_loses_nothing_but_rounding_and_lists_what_it_does_not_reach(
+    make: Any,
+) -> None:
+    model = make()
+    ids = toys.batch(4)["input_ids"]
+    with torch.no_grad():
+        before = model(ids).logits
+        exceptions = fake_(model, Preparation("int8-channel", rotate=True), seed=3)
+        after = model(ids).logits
+    assert float((after - before).abs().max()) < 0.05 * float(before.abs().max())
+    assert set(exceptions["unrotated"]) <= set(fake_layers(model))
+    assert exceptions["unrotated"]
