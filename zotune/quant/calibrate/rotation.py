@@ -63,13 +63,12 @@ def rotation(size: int, seed: int = 0, keeps_ones: bool = False) -> Tensor:
     """
     if keeps_ones:
         # A mirror takes the first axis to the ones; what is orthogonal to them turns freely.
-        axis = torch.full((size,), -(size**-0.5), dtype=torch.float64)
-        axis[0] += 1.0
-        mirror = torch.eye(size, dtype=torch.float64)
+        mirror, turn = torch.eye(size).double(), torch.eye(size).double()
         if size > 1:
+            axis = mirror[0] - size**-0.5
             mirror -= 2 * torch.outer(axis, axis) / axis.square().sum()
-        inner = rotation(size - 1, seed) if size > 1 else mirror[:0, :0]
-        return mirror @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), inner) @ mirror
+            turn[1:, 1:] = rotation(size - 1, seed)
+        return mirror @ turn @ mirror
     words = np.random.Generator(np.random.Philox(key=np.array([seed, size], np.uint64)))
     power = size & -size
     hadamard = torch.ones(1, 1, dtype=torch.float64)
@@ -207,4 +206,4 @@ def _turn_heads_(value: Any, out: Any, row: Row, config: Any, seed: int) -> None
         bias = value.bias.detach()[own]
         bias.copy_((bias.double().view(heads, width) @ turn).flatten())
     columns = matrix(out)
-    columns.copy_((columns.double().unflatten(1, (-1, width)) @ turn).flatten(1))
+    columns.copy_((columns.double().reshape(len(columns), -1, width) @ turn).flatten(1))
