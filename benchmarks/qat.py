@@ -1,6 +1,6 @@
 """Quantization-aware training by forward passes against rounding, calibration and backprop.
 
-    python benchmarks/qat.py --part int2        # or int3, int4-a4, trec, memory
+    python benchmarks/qat.py --part int2   # int2-g64, int3, int4-a4, outliers, trec, sst2, memory
 
 Perplexity of a tiny language model (stories260K) after quantization. All contenders get the same
 training stories; whatever trains may spend the same passes over batches of `--batch` windows, a
@@ -10,6 +10,10 @@ choose takes it on the dev stories. The gap from rounding to nearest to floats i
 perplexity and, since that explodes at two bits, in its logarithm, the loss. `--others` are the
 seeds of all that trains but ZeroQAT itself. Each result is written when it is there; with `--only`,
 in a file of its own.
+
+`int2-g64` runs on the same model with 20 channels of zeros more in every MLP, which change nothing
+but make 172 a multiple of 64. `outliers` runs on the same function with two channels of every
+norm's output thirty times as large, as large language models have them.
 """
 
 from __future__ import annotations
@@ -38,9 +42,11 @@ from zotune.bench.models import MINILM
 from zotune.core.calls import split_calls
 from zotune.models import load
 from zotune.quant.calibrate import calibrate_, recipe
+from zotune.quant.calibrate.folding import fold_, folding
 from zotune.training import TrainConfig, train
 from zotune.training.memory import peak_bytes, reset_peak
-from zotune.training.qat import Preparation, fake_, zeroqat
+from zotune.training.preparation import Preparation, fake_
+from zotune.training.qat import zeroqat
 
 DATA = Path(os.environ.get("ZOTUNE_DATA", Path(__file__).parents[1] / "../shared/data"))
 STORIES = DATA / "stories260K-hf"
@@ -49,30 +55,74 @@ SEARCHED = 168  # of the search: 4 batches, twice, for 20 transforms and for 20 
 RATES = (0.003, 0.03)
 
 
+def stories260k() -> Any:
+    return load(STORIES)
+
+
+def padded() -> Any:
+    """The model with 192 instead of 172 channels in its MLPs, the new ones always zero."""
+    loaded = load(STORIES)
+    for name, layer in loaded.model.named_modules():
+        if name.endswith(("gate_proj", "up_proj", "down_proj")):
+            rows, columns = (0, 20) if name.endswith("down_proj") else (20, 0)
+            wide = torch.nn.functional.pad(layer.weight.detach(), (0, columns, 0, rows))
+            layer.weight = torch.nn.Parameter(wide, requires_grad=False)
+            layer.out_features, layer.in_features = wide.shape
+    loaded.config.intermediate_size = 192
+    return loaded
+
+
+def planted() -> Any:
+    """The model with two large channels in every norm's output, and smaller columns behind."""
+    loaded = load(STORIES)
+    for fold in folding(loaded.model).folds:
+        if "norm" in fold.source:
+            scale = torch.ones(fold.channels)
+            scale[[5, 40]] = 1 / 30
+            fold_(loaded.model, fold, scale)
+    return loaded
+
+
 @dataclass(frozen=True)
 class Part:
-    """A scheme with its trained contenders. A group of 64 is a row of the layers of 64 inputs; the
-    down projection has 172, which 64 does not divide, so its rows are one group, too."""
+    """A scheme with its trained contenders, and the model."""
 
     scheme: str
     how: dict[str, Any] = field(default_factory=dict)
     others: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model: Callable[[], Any] = stories260k
+    targets: tuple[str, ...] = ()
 
 
+CLIP = {"clip_inputs": True}
 PARTS = {
-    "int2": Part("int2-channel-asym", {}, {"light: queries and values only": {"light": True}}),
-    "int3": Part("int3-channel-asym", {}, {}),
+    "int2": Part(
+        "int2-channel-asym", {}, {"light: queries and values only": {"light": True}},
+        targets=("gptq", "half"),
+    ),
+    "int2-g64": Part("int2-g64-asym", {}, {}, padded, ("gptq", "half")),
+    "int3": Part("int3-channel-asym"),
     "int4-a4": Part(
-        "int4-channel-a4", {"clip_inputs": True},
-        {"without smoothing": {"smooth": False, "clip_inputs": True}},
+        "int4-channel-a4", CLIP,
+        {"without smoothing": {"smooth": False, **CLIP}, "rotated": {"rotate": True, **CLIP}},
+        targets=("half",),
+    ),
+    "outliers": Part(
+        "int4-channel-a4", CLIP,
+        {"without smoothing": {"smooth": False, **CLIP},
+         "rotated, without smoothing": {"rotate": True, "smooth": False, **CLIP},
+         "rotated": {"rotate": True, **CLIP}},
+        planted,
     ),
 }  # fmt: skip
+ENCODER = {"trec": "trec", "sst2": "sst2"}
+HEAD = "head(basis='classes', project=True, layers='all')"
 
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     assert __doc__ is not None
     flags = parser(__doc__, seeds=3, others=1, budget=272, batch=16, length=64, windows=150)
-    flags.add_argument("--part", choices=[*PARTS, "trec", "memory"], default="int2")
+    flags.add_argument("--part", choices=[*PARTS, *ENCODER, "memory"], default="int2")
     flags.add_argument("--only", nargs="+", default=None, help="contenders whose name holds these")
     flags.add_argument("--measure", default=None, help="peak memory of one contender, as JSON")
     return flags.parse_args(words)
@@ -85,8 +135,8 @@ def main(words: Sequence[str] | None = None) -> None:
         print(json.dumps(peak_of(given.measure, given)))
     elif given.part == "memory":
         memory(given)
-    elif given.part == "trec":
-        trec(given)
+    elif given.part in ENCODER:
+        encoder(given)
     else:
         stories(given, PARTS[given.part])
 
@@ -96,9 +146,9 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def stories(given: argparse.Namespace, part: Part) -> None:
     """Every contender on one scheme, cheapest first."""
-    found: dict[str, list[dict[str, float]]] = {"float": [plain(given, None, "")]}
-    for name in ("rtn", "smoothquant", "gptq"):
-        found[name] = [plain(given, part.scheme, name)]
+    found: dict[str, list[dict[str, float]]] = {"float": [plain(given, part, "")]}
+    for name in ("rtn", "smoothquant", "gptq", "rotate + gptq"):
+        found[name] = [plain(given, part, name)]
     contenders: dict[str, Callable[[int], dict[str, float]]] = {
         "zeroqat": lambda seed: trained(given, part, part.how, seed),
         **{f"zeroqat, {name}": lambda seed, how=how: trained(given, part, how, seed)
@@ -128,13 +178,14 @@ def rows_of(given: argparse.Namespace, found: dict[str, list[dict[str, float]]])
                 continue
             after, low, high = mean(values), best[text], base[text]
             label = f"{name}, {text}"
-            target = found["gptq"][0][text] if given.part == "int2" and name == "zeroqat" else None
+            aims = PARTS[given.part].targets if name == "zeroqat" else ()
+            target = found["gptq"][0][text] if "gptq" in aims else None
             words = None if target is None else "gptq: at most its perplexity"
             rows.append(Row(label, after, "perplexity", words, target))
             if len(values) > 1:
                 rows.append(Row(f"{label}: deviation, {len(values)} seeds", stdev(values), "ppl"))
             if name not in ("float", "rtn"):
-                half = 0.5 if name == "zeroqat" and given.part in ("int2", "int4-a4") else None
+                half = 0.5 if "half" in aims else None
                 for unit, at in (("perplexity", lambda x: x), ("loss", log)):
                     closed = (at(high) - at(after)) / (at(high) - at(low))
                     rows.append(Row(f"{label}: gap closed in {unit}", closed, "of the gap",
@@ -162,15 +213,15 @@ def measured(given: argparse.Namespace, loaded: Any) -> dict[str, float]:
     return found
 
 
-def plain(given: argparse.Namespace, scheme: str | None, method: str) -> dict[str, float]:
+def plain(given: argparse.Namespace, part: Part, method: str) -> dict[str, float]:
     """A model as it is, or calibrated on 64 windows of the training stories."""
-    loaded = load(STORIES)
-    if scheme is not None:
+    loaded = part.model()
+    if method:
         task = task_of(given)
         task.prepare(loaded)
         whole = [e["ids"] for e in task.split("train") if len(e["ids"]) == given.length]
         batches = [torch.tensor(whole[k : k + 16]) for k in range(0, 64, 16)]
-        calibrate_(loaded.model, scheme, recipe(split_calls(method)), batches)
+        calibrate_(loaded.model, part.scheme, recipe(split_calls(method)), batches)
     return measured(given, loaded)
 
 
@@ -187,7 +238,7 @@ def trained(
     given: argparse.Namespace, part: Part, how: dict[str, Any], seed: int
 ) -> dict[str, float]:
     """`zeroqat` with `auto`: the search, then two passes a step."""
-    loaded, task = load(STORIES), task_of(given)
+    loaded, task = part.model(), task_of(given)
     with tempfile.TemporaryDirectory() as out:
         config = config_of(given, out, seed, max_steps=max(1, (given.budget - LOOKED) // 2))
         made = zeroqat(config, Preparation(part.scheme, **how), model=loaded, task=task)
@@ -207,7 +258,7 @@ def learned(given: argparse.Namespace, part: Part, seed: int) -> dict[str, float
     included, the rate chosen on dev."""
     best: tuple[float, dict[str, float]] | None = None
     for rate in RATES:
-        loaded, task = load(STORIES), task_of(given)
+        loaded, task = part.model(), task_of(given)
         fake_(loaded.model, Preparation(part.scheme))
         with tempfile.TemporaryDirectory() as out:
             steps = max(1, (given.budget + SEARCHED) // 3)
@@ -226,29 +277,44 @@ def learned(given: argparse.Namespace, part: Part, seed: int) -> dict[str, float
 # ---- an encoder ----------------------------------------------------------------------
 
 
-def trec(given: argparse.Namespace) -> None:
-    """MiniLM on TREC-6: `auto`'s head on all layers, on floats and on W4A4."""
-    found: dict[str, list[dict[str, float]]] = {}
-    rows: list[Row] = []
-    for name, scheme in (("W4A4", "int4-channel-a4"), ("float", None)):
-        found[name] = []
-        for seed in range(given.seeds):
+def encoder(given: argparse.Namespace) -> None:
+    """MiniLM on TREC-6 or SST-2: `auto`'s head on all layers, on W4A4 from a searched start and on
+    floats, by as many passes."""
+    found: dict[str, list[dict[str, float]]] = {"float": [], "W4A4": []}
+    for seed in range(given.seeds):
+        for name, runs in found.items():
             with tempfile.TemporaryDirectory() as out:
                 config = config_of(
-                    given, out, seed, model_name_or_path=MINILM, task="trec", scheme=scheme,
-                    max_steps=136, max_eval_samples=None,
+                    given, out, seed, model_name_or_path=MINILM, task=ENCODER[given.part],
+                    max_steps=max(1, (given.budget - LOOKED) // 2), space=HEAD,
+                    max_eval_samples=None,
                 )  # fmt: skip
-                result = train(config)
-            found[name].append({"before": result.before or 0.0, "after": result.after})
-            rows = []
-            for each, runs in found.items():
-                value = 100 * mean(run["after"] for run in runs)
-                top = [100 * run["after"] for run in found.get("float", ())]
-                target = mean(top) - 2 if each == "W4A4" and top else None
-                rows.append(Row(f"{each}, {len(runs)} seeds", value, "% accuracy",
-                                "float, less 2 points" if target else None, target,
-                                at_least=True))  # fmt: skip
-            report("qat-trec", rows, given, runs=found)
+                runs.append(fine_tuned(config, name == "W4A4"))
+            report(f"qat-{given.part}", accuracies(found), given, runs=found)
+
+
+def fine_tuned(config: TrainConfig, rounded: bool) -> dict[str, float]:
+    """Accuracies of one run."""
+    if not rounded:
+        result = train(config)
+        return {"before": result.before or 0.0, "after": result.after}
+    made = zeroqat(config, Preparation("int4-channel-a4", rotate=True, clip_inputs=True))
+    return next(iter(made.texts.values()))
+
+
+def accuracies(found: dict[str, list[dict[str, float]]]) -> list[Row]:
+    rows = []
+    top = mean(run["after"] for run in found["float"])
+    for name, runs in found.items():
+        values = [100 * run["after"] for run in runs]
+        if not values:
+            continue
+        aim = ("float, less 2 points", 100 * top - 2) if name == "W4A4" else (None, None)
+        label = f"{name}, {len(values)} seeds"
+        rows.append(Row(label, mean(values), "% accuracy", *aim, at_least=True))
+        if len(values) > 1:
+            rows.append(Row(f"{label}: deviation", stdev(values), "points"))
+    return rows
 
 
 # ---- memory --------------------------------------------------------------------------

@@ -3,11 +3,12 @@
     pip install compressed-tensors==0.20.0 gptqmodel==7.7.0 gguf==0.19.0 llama-cpp-python==0.3.36
     PYTHONPATH=. python benchmarks/interop/exported.py [compressed-tensors gptq gguf] [--model F]
 
-A tiny Llama (or the folder given), quantized by AWQ and GPTQ on random tokens, goes into every
-format; its logits are computed by zotune from the files, and by the library: compressed-tensors
-decompresses through transformers, GPTQModel dequantizes with float32 scales, llama.cpp runs the
-GGUF file, rounding activations to 8 bits wherever a matrix is quantized. What is not installed is
-written down as such. Writes benchmarks/interop/exported.json, row by row.
+A tiny Llama (or the folder given), quantized by AWQ and GPTQ on random tokens, or rotated and put
+through ZeroQAT's search, goes into every format; its logits are computed by zotune from the files,
+and by the library: compressed-tensors decompresses through transformers, GPTQModel dequantizes with
+float32 scales, llama.cpp runs the GGUF file, rounding activations to 8 bits wherever a matrix is
+quantized. What is not installed is written down as such. Writes benchmarks/interop/exported.json,
+row by row; rows of formats that are not asked for stay.
 """
 
 from __future__ import annotations
@@ -30,20 +31,24 @@ from zotune.models import load
 from zotune.quant import Scheme
 from zotune.quant.calibrate import calibrate_, recipe
 from zotune.quant.export import export_, exporter
+from zotune.quant.qat import quantize_, search
+from zotune.training.preparation import Preparation, fake_
 
 CASES = [
     ("compressed-tensors", "int4-g32"), ("compressed-tensors", "int4-g32-asym"),
     ("compressed-tensors", "int8-channel"), ("compressed-tensors", "int8-channel-a8"),
+    ("compressed-tensors", "int8-channel-a8", "zeroqat"),
+    ("compressed-tensors", "int4-channel-a4", "zeroqat"),
     ("gptq", "int4-g32"), ("gptq_v2", "int4-g32-asym"), ("gptq", "int8-channel"),
     ("gptq_v2", "int2-g32-asym"), ("gptq_v2", "int3-g32-asym"),
     ("gguf", "int8-g32"), ("gguf", "int4-g32"), ("gguf", "int4-g32-asym"), ("gguf", "int5-g32"),
-    ("gguf", "int5-g32-asym"),
+    ("gguf", "int5-g32-asym"), ("gguf", "int4-g32", "zeroqat"),
 ]  # fmt: skip
 PACKAGES = (
     "torch", "transformers", "compressed-tensors", "gptqmodel", "gguf", "llama-cpp-python",
 )  # fmt: skip
-# Of the largest logit, where the library rounds activations to 8 bits (by steps of its own).
-ROUNDED = 0.05
+# Of the largest logit, where the library rounds activations to 8 bits, or 4 (by steps of its own).
+ROUNDED = {None: 1e-4, 8: 0.05, 4: 0.1}
 
 
 def main() -> None:
@@ -52,23 +57,24 @@ def main() -> None:
     flags.add_argument("--model", type=Path, help="a float folder; a tiny Llama when left out")
     given = flags.parse_args()
     path = Path(__file__).with_suffix(".json")
-    rows: list[dict[str, Any]] = []
-    for to, scheme in CASES:
-        if to.removesuffix("_v2") not in given.formats:
-            continue
-        row: dict[str, Any] = {"format": to, "scheme": scheme}
+    before = json.loads(path.read_text()) if path.exists() else {"versions": {}, "rows": []}
+    chosen = [case for case in CASES if case[0].removesuffix("_v2") in given.formats]
+    rows = [r for r in before["rows"] if r["format"].removesuffix("_v2") not in given.formats]
+    for to, scheme, *method in chosen:
+        row: dict[str, Any] = {"format": to, "scheme": scheme, "method": (*method, "awq + gptq")[0]}
         try:
             with tempfile.TemporaryDirectory() as scratch:
-                row |= compare(given.model, to, scheme, Path(scratch))
+                row |= compare(given.model, to, scheme, row["method"], Path(scratch))
         except ImportError as error:
             row["not_run"] = str(error)
         print(row, flush=True)
         rows.append(row)
-        found = {"versions": {p: installed(p) for p in PACKAGES}, "rows": rows}
+        versions = {p: installed(p) or before["versions"].get(p) for p in PACKAGES}
+        found = {"versions": versions, "rows": rows}
         path.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def compare(model: Path | None, to: str, scheme: str, scratch: Path) -> dict[str, Any]:
+def compare(model: Path | None, to: str, scheme: str, method: str, scratch: Path) -> dict[str, Any]:
     """The largest difference of logits over the largest, and how often the first words agree."""
     base, out = model or scratch / "base", scratch / "out"
     if model is None:
@@ -79,8 +85,12 @@ def compare(model: Path | None, to: str, scheme: str, scratch: Path) -> dict[str
     target = exporter(to, Scheme.parse(scheme))
     generator = torch.Generator().manual_seed(0)
     text = [torch.randint(0, 95, (8, 64), generator=generator)]
-    how = recipe([("awq", {}), ("gptq", {"act_order": True})])
-    calibrate_(loaded.model, scheme, how, text, stored=target.scale_dtype(torch.float32))
+    stored = target.scale_dtype(torch.float32)
+    if method == "zeroqat":
+        started_(loaded.model, scheme, text[0], stored)
+    else:
+        how = recipe([("awq", {}), ("gptq", {"act_order": True})])
+        calibrate_(loaded.model, scheme, how, text, stored=stored)
     # The tiny model's tokenizer of characters is none of llama.cpp's.
     export_(loaded.model, out, target, source=base, tokenizer=None)
     ids = tiny.tokens()
@@ -91,12 +101,24 @@ def compare(model: Path | None, to: str, scheme: str, scratch: Path) -> dict[str
 
         own = formats.read(out, AutoModelForCausalLM, dtype=torch.float32)(ids).logits[0]
     theirs = LIBRARIES[to.removesuffix("_v2")](base, out, ids)
+    rounded_to = 8 if to == "gguf" else Scheme.parse(scheme).act_bits
     difference = float((own - theirs).abs().max() / own.abs().max())
     return {
         "logits": difference,
         "same_most_likely": float((own.argmax(-1) == theirs.argmax(-1)).float().mean()),
-        "met": difference <= (ROUNDED if to == "gguf" or "-a8" in scheme else 1e-4),
+        "met": difference <= ROUNDED[rounded_to],
     }
+
+
+def started_(model: Any, scheme: str, ids: Tensor, stored: torch.dtype) -> None:
+    """Where ZeroQAT's training starts, as it is saved: rotated, transformed, compensated."""
+
+    def run() -> float:
+        return float(model(ids, labels=ids).loss)
+
+    fake_(model, Preparation(scheme, rotate=True), stored)
+    search.search_(model, run)
+    quantize_(model)
 
 
 def compressed_tensors(base: Path, out: Path, ids: Tensor) -> Tensor:

@@ -220,3 +220,36 @@ def test_python_m_zotune() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
+
+
+ZEROQAT = "zeroqat(steps=4, examples=8, batch_size=4, rotate=True, report_to='none', save_steps=2)"
+
+
+@pytest.mark.parametrize(("scheme", "format"), [
+    ("int4-g8-a8", "zotune"), ("int4-channel-a4", "compressed-tensors"),
+])  # fmt: skip
+def test_a_run_through_the_rounding_is_replayed_and_resumed_bit_for_bit(
+    zotune: Any, llama_folder: Path, tmp_path: Path, scheme: str, format: str
+) -> None:
+    text, run, out = tmp_path / "t.txt", tmp_path / "run", tmp_path / "again"
+    text.write_text("the film was great fun\nI liked it\n" * 40)
+    words = ["quantize", "--model", llama_folder, "--scheme", scheme, "--format", format,
+             "--data", text, "--length", 16, "--out", run, "--json"]  # fmt: skip
+    made = zotune(*words, "--method", ZEROQAT)
+    assert made.code == 0, made.err
+    assert "down_proj" in str(made.json["exceptions"]["unrotated"])
+    whole = (run / "model/model.safetensors").read_bytes()
+    done = zotune("replay", run, "--model", llama_folder, "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert (out / "model.safetensors").read_bytes() == whole
+    assert (out / "config.json").read_text() == (run / "model/config.json").read_text()
+    journal = run / "journal.zoj"
+    journal.write_bytes(journal.read_bytes()[:-20])  # the end mark and part of the last step
+    again = zotune(*words, "--method", ZEROQAT.replace("steps=4", "steps=4, resume=True"))
+    assert again.code == 0, again.err
+    assert again.json["texts"] == made.json["texts"]
+    assert (run / "model/model.safetensors").read_bytes() == whole
+    text.write_text("nothing of the kind\nwas ever said before\n" * 40)
+    other = zotune("replay", run, "--model", llama_folder, "--out", tmp_path / "other")
+    assert "on the run's own examples" in other.error
+    assert not (tmp_path / "other").exists()

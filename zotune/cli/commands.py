@@ -63,8 +63,9 @@ def quantize_model(
         model_name_or_path: folder or hub id. Alias: model.
         output_dir: where to; must be new or empty. Alias: out.
         scheme: "int4-g64", "int8-channel", "int4-g64-asym", "int8-channel-a8", ...
-        method: "rtn" (to nearest), "gptq", "awq", "smoothquant", "awq + gptq(act_order=True)", ...;
-            "zeroqat(steps=500)" trains through the rounding, by forward passes.
+        method: "rtn" (to nearest), "gptq", "awq", "smoothquant",
+            "rotate + awq + gptq(act_order=True)", ...; "zeroqat(steps=500)" trains through the
+            rounding, by forward passes.
         format: what to write: "zotune", "gptq", "gptq_v2", "compressed-tensors", "gguf".
         data: text that methods look at: a file, a folder, a datasets name.
         samples: windows of text.

@@ -32,6 +32,12 @@ from zotune.errors import BadInput, ZotuneError
 AnyMethod = Method | Backprop
 Factory = Callable[..., AnyMethod]
 
+FLOATS = (
+    "weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros", "latents",
+    "clipping", "transforms", "activations",
+)  # fmt: skip
+"""Every space of floats: for methods that ask nothing of a block's shape."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -65,13 +71,15 @@ def method(
     *, paper: str, year: int, arxiv: str, spaces: tuple[str, ...], memory: str
 ) -> Callable[[Factory], Factory]:
     """Mark a factory as a method. Its name is the function's, with dashes; the first of `spaces`
-    is its default; `memory` says in words what it keeps beyond inference."""
+    is its default, and what comes again counts once; `memory` says in words what it keeps beyond
+    inference."""
 
     def mark(factory: Factory) -> Factory:
         name = factory.__name__.replace("_", "-")
         if name in _ENTRIES:
             raise ZotuneError(f"there is already a method called {name!r}; choose a unique name")
-        _ENTRIES[name] = Entry(name, factory, paper, year, arxiv, spaces, memory)
+        once = tuple(dict.fromkeys(spaces))
+        _ENTRIES[name] = Entry(name, factory, paper, year, arxiv, once, memory)
         return factory
 
     return mark

@@ -2,14 +2,14 @@
 
 from zotune.core.backprop import Backprop
 from zotune.core.method import Decay, Schedule
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @method(
     paper="Decoupled Weight Decay Regularization",
     year=2019,
     arxiv="1711.05101",
-    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros"),
+    spaces=FLOATS,
     memory="activations + 16 bytes per tuned element (leaf, gradient, two moments)",
 )
 def adamw(

@@ -5,14 +5,14 @@ from typing import Literal
 from zotune.core.estimator import estimator
 from zotune.core.method import Decay, Method, Schedule, Units
 from zotune.core.perturbation import Gaussian
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @method(
     paper="zotune: eps and lr from the curvature and the signal that probes see",
     year=2026,
     arxiv="",
-    spaces=("adapter", "head", "lora", "scales", "zeros", "norms", "biases", "weights"),
+    spaces=("adapter", "head", *FLOATS),
     memory="none",
 )
 def auto(

@@ -15,7 +15,7 @@ from zotune.core.perturbation import Gaussian, Perturbation
 from zotune.core.space import Space
 from zotune.core.step import runs
 from zotune.errors import BadInput
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Cone(Perturbation):
     "Language Models",
     year=2025,
     arxiv="2511.02757",
-    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros", "codes"),
+    spaces=(*FLOATS, "codes"),
     memory="one float32 per tuned number, 8 bytes per block",
 )
 def conmezo(

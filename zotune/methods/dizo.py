@@ -108,7 +108,7 @@ class Ratio(Rule):
     "Fine-tuning",
     year=2025,
     arxiv="2502.03304",
-    spaces=("weights",),
+    spaces=("weights", "latents"),
     memory="one copy of the projected weights, 4 bytes for each",
 )
 def dizo(

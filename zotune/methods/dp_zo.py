@@ -15,7 +15,7 @@ from zotune.core.probe import Losses, Probe
 from zotune.core.secret import Law
 from zotune.core.space import Space
 from zotune.errors import BadInput
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 GRID = 1 << 48  # one `clip`, in the whole numbers that are summed and noised
 
@@ -101,7 +101,7 @@ class Private(Estimator):
     paper="Private Fine-tuning of Large Language Models with Zeroth-order Optimization",
     year=2024,
     arxiv="2401.04343",
-    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros", "codes"),
+    spaces=(*FLOATS, "codes"),
     memory="none",
 )
 def dp_zo(

@@ -40,7 +40,7 @@ class Fitness(Estimator):
     paper="Evolution Strategies at the Hyperscale (EGGROLL)",
     year=2025,
     arxiv="2511.16652",
-    spaces=("weights", "head", "lora"),
+    spaces=("weights", "head", "lora", "latents"),
     memory="none",
 )
 def eggroll(

@@ -8,7 +8,7 @@ from zotune.core.noise import Key
 from zotune.core.perturbation import Rademacher
 from zotune.core.probe import Losses, Probe
 from zotune.errors import BadInput
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Spread(Estimator):
     "Adam-Scale Speed",
     year=2025,
     arxiv="2506.09034",
-    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros"),
+    spaces=FLOATS,
     memory="none",
 )
 def fzoo(

@@ -15,7 +15,7 @@ from zotune.core.probe import Losses, Probe
 from zotune.core.space import Space
 from zotune.core.step import runs
 from zotune.errors import BadInput
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _shaped(z: Tensor, held: Tensor) -> Tensor:
     "Optimizer",
     year=2024,
     arxiv="2402.15173",
-    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros"),
+    spaces=FLOATS,
     memory="4 bytes per tuned element (its curvature)",
 )
 def hizoo(

@@ -17,7 +17,7 @@ from zotune.core.perturbation import Perturbation
 from zotune.core.rule import Grads, MomentumSGD
 from zotune.core.subspace import sides
 from zotune.errors import BadInput
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class PatchMuon(PatchMomentum):
     paper="Leveraging Coordinate Momentum in SignSGD and Muon: Memory-Optimized Zero-Order",
     year=2025,
     arxiv="2506.04430",
-    spaces=("lora", "adapter", "head", "norms", "biases", "scales", "zeros", "weights", "codes"),
+    spaces=("lora", *FLOATS, "codes"),
     memory="one float32 per tuned number",
 )
 def jaguar(

@@ -10,7 +10,7 @@ from zotune.core.noise import Key
 from zotune.core.perturbation import Gaussian
 from zotune.core.probe import Losses, Probe
 from zotune.errors import BadInput
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 Order = Literal["linear", "cubic", "quintic"]
 
@@ -77,7 +77,7 @@ class Kernel(Estimator):
     "LLM Fine-Tuning",
     year=2025,
     arxiv="2505.18886",
-    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros"),
+    spaces=FLOATS,
     memory="none",
 )
 def kerzoo(

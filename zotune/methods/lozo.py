@@ -59,7 +59,7 @@ class LazyLowRank(Factored):
     paper="Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures",
     year=2024,
     arxiv="2410.07698",
-    spaces=("weights", "lora", "head", "codes"),
+    spaces=("weights", "lora", "head", "codes", "latents"),
     memory="none; momentum: m x rank float32 per m x n matrix, one per number of other blocks",
 )
 def lozo(

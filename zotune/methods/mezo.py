@@ -3,14 +3,14 @@
 from zotune.core.estimator import estimator
 from zotune.core.method import Decay, Method, Schedule, Units
 from zotune.core.perturbation import Gaussian
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @method(
     paper="Fine-Tuning Language Models with Just Forward Passes",
     year=2023,
     arxiv="2305.17333",
-    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros", "codes"),
+    spaces=(*FLOATS, "codes"),
     memory="none",
 )
 def mezo(

@@ -15,7 +15,7 @@ from zotune.core.perturbation import Gaussian, Perturbation
 from zotune.core.probe import Losses, Probe
 from zotune.core.space import Space
 from zotune.errors import BadInput
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Differences(Estimator):
     paper="Variance-reduced Zeroth-Order Methods for Fine-Tuning Language Models",
     year=2024,
     arxiv="2404.08080",
-    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros"),
+    spaces=FLOATS,
     memory="4 bytes per tuned element (the anchor)",
 )
 def mezo_svrg(

@@ -18,7 +18,7 @@ from zotune.core.noise import Key
 from zotune.core.registers import cycle
 from zotune.core.reuse import Pointer, Reused, run
 from zotune.errors import BadInput
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Lfsr(Reused):
     "Training (reconstruction)",
     year=2025,
     arxiv="2504.20314",
-    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros"),
+    spaces=FLOATS,
     memory="16 bytes per tensor, beside one table of at most 20 (2^bits - 1) bytes",
 )
 def pezo(

@@ -82,7 +82,7 @@ def _mask(block: Block, rows: slice | list[int]) -> Tensor:
     paper="Sparse MeZO: Less Parameters for Better Performance in Zeroth-Order LLM Fine-Tuning",
     year=2024,
     arxiv="2402.15751",
-    spaces=("weights", "head", "norms", "biases"),
+    spaces=("weights", "head", "norms", "biases", "latents"),
     memory="4 bytes per tensor: its threshold",
 )
 def sparse_mezo(

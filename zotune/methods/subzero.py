@@ -51,7 +51,7 @@ class RandomSubspace(Factored):
     paper="Zeroth-Order Fine-Tuning of LLMs in Random Subspaces",
     year=2024,
     arxiv="2410.08989",
-    spaces=("weights", "lora", "adapter", "head", "codes"),
+    spaces=("weights", "lora", "adapter", "head", "codes", "latents"),
     memory="r (m + n) float32 and 32 bytes per m x n matrix, r = min(rank, m, n)",
 )
 def subzero(

@@ -59,7 +59,7 @@ class FixedFactors(Factored):
     "Optimization for Fine-tuning LLMs",
     year=2025,
     arxiv="2501.19057",
-    spaces=("weights", "lora", "adapter", "head"),
+    spaces=("weights", "lora", "adapter", "head", "latents"),
     memory="adam 2, momentum 1, sgd 0 float32, each per number of t and of other blocks",
 )
 def tezo(

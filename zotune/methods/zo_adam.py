@@ -6,14 +6,14 @@ from zotune.core.estimator import estimator
 from zotune.core.method import Decay, Method, Schedule, Units
 from zotune.core.perturbation import Gaussian
 from zotune.core.rule import Adam
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @method(
     paper="Fine-Tuning Language Models with Just Forward Passes (MeZO-Adam, appendix B)",
     year=2023,
     arxiv="2305.17333",
-    spaces=("adapter", "lora", "head", "norms", "biases", "scales", "zeros", "weights"),
+    spaces=("adapter", *FLOATS),
     memory="stored: 8 bytes per tuned element; rebuilt: none, `history` x the noise per step",
 )
 def zo_adam(

@@ -16,7 +16,7 @@ from zotune.core.perturbation import Gaussian, Perturbation
 from zotune.core.space import Space
 from zotune.core.step import runs
 from zotune.errors import BadInput
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class MomentumGuided(Perturbation):
     "Zeroth-order Optimization",
     year=2023,
     arxiv="2312.15184",
-    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros"),
+    spaces=FLOATS,
     memory="4 bytes per tuned element (the last direction)",
 )
 def zo_adamu(

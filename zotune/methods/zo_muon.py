@@ -61,7 +61,7 @@ class Muon(Rule):
     paper="Powering Up Zeroth-Order Training via Subspace Gradient Orthogonalization",
     year=2026,
     arxiv="2602.17155",
-    spaces=("weights", "lora", "adapter", "head"),
+    spaces=("weights", "lora", "adapter", "head", "latents"),
     memory="r m float32 and 16 bytes per m x n matrix, r = min(rank, m)",
 )
 def zo_muon(

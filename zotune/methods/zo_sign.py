@@ -4,14 +4,14 @@ from zotune.core.estimator import estimator
 from zotune.core.method import Decay, Method, Schedule, Units
 from zotune.core.perturbation import Gaussian
 from zotune.core.rule import SignSGD
-from zotune.methods import method
+from zotune.methods import FLOATS, method
 
 
 @method(
     paper="signSGD via Zeroth-Order Oracle",
     year=2019,
     arxiv="",
-    spaces=("weights", "lora", "adapter", "norms", "biases", "head", "scales", "zeros", "codes"),
+    spaces=(*FLOATS, "codes"),
     memory="none",
 )
 def zo_sign(

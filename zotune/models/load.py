@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -40,6 +41,7 @@ class Loaded:
         path: the local folder, or the model's file; pass it as `source` when writing.
         config: the model's configuration, as its library holds it.
         format: name of the checkpoint's format.
+        prepared: what was made of the checkpoint before its training, for the run's journal.
     """
 
     model: nn.Module
@@ -48,6 +50,7 @@ class Loaded:
     path: Path
     config: Any
     format: str
+    prepared: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(

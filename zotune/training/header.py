@@ -47,6 +47,7 @@ def header_of(bench: Bench) -> dict[str, Any]:
         "total": bench.config.max_steps,
         "coefficients": bench.coefficients,
         "base": bench.base,
+        "prepared": dict(bench.loaded.prepared),
         "before": {k: v for k, v in bench.before.items() if math.isfinite(v)},
         "kind": bench.loaded.kind,
         "labels": list(bench.model.labels) if wrapped else None,  # type: ignore[union-attr,arg-type]
@@ -86,11 +87,16 @@ def check_noise(journal: Journal) -> None:
 def check_base(journal: Journal, base: str) -> None:
     """Refuse to go on from another model than the journal's."""
     if journal.header["base"] != base:
+        prepared = journal.header.get("prepared")
+        searched = (
+            f"prepared as {prepared} on the run's own examples, on as many threads" if prepared
+            else f"scheme={journal.header['config'].get('scheme')}"
+        )  # fmt: skip
         raise JournalError(
             f"this is not the base model of {journal.path}: its fingerprint is {base[:12]}..., the "
             f"journal wants {journal.header['base'][:12]}... "
             f"({journal.header['config'].get('model_name_or_path') or 'a model given in Python'}, "
-            f"scheme={journal.header['config'].get('scheme')}); give that one"
+            f"{searched}); give that one"
         )
 
 

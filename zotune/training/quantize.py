@@ -44,7 +44,7 @@ def quantize(
         model: folder or hub id.
         out: where to; new or empty.
         scheme: "int4-g64", "int8-channel-a8", ...
-        method: what chooses the codes, with options: "rtn", "gptq(act_order=True)", "awq + gptq";
+        method: what chooses the codes, with options: "rtn", "awq + gptq", "rotate + gptq";
             "zeroqat(steps=500)" trains through the rounding, and `out` is then the folder of a run
             whose `model/` is the result (`zotune.training.qat.quantize_aware`).
         format: what to write; see `zotune.quant.export`.
@@ -99,6 +99,7 @@ def quantize(
         "calibrated_on": sum(batch.numel() for batch in batches),
         "exceptions": {
             "unfolded": report.unfolded,
+            "unrotated": report.unrotated,
             "silent": report.silent,
             "nearest": report.nearest,
         },
@@ -118,7 +119,11 @@ def _check(loaded: Loaded, format: str) -> None:
 
 def _say(report: Report) -> None:
     """Warn of what was not done as asked, layer by layer where that tells more."""
-    for what, exceptions in (("smoothed", report.unfolded), ("calibrated", report.nearest)):
+    for what, exceptions in (
+        ("smoothed", report.unfolded),
+        ("rotated", report.unrotated),
+        ("calibrated", report.nearest),
+    ):
         for why in dict.fromkeys(exceptions.values()):
             names = {name for name, reason in exceptions.items() if reason == why}
             log.warning("not %s (%s): [%s]", what, why, listing(names))

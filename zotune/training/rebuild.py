@@ -1,4 +1,8 @@
-"""Replay: base model + journal = tuned model, without data, task or a single forward pass."""
+"""Replay: base model + journal = tuned model, without data, task or a single forward pass.
+
+A run whose start was searched (`zotune.training.qat`) searches it again, on the examples that its
+configuration names; its steps are replayed as any other's.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,12 @@ from zotune.core.step import Tuner
 from zotune.errors import BadInput, JournalError
 from zotune.models import Loaded, PooledClassifier, fingerprint
 from zotune.models.encoder import linear_of
+from zotune.quant.export import Exporter
+from zotune.tasks.task import Task
 from zotune.training.folders import (
     from_module,
     load_model,
+    need_empty,
     round_to_storage_,
     use_threads,
     write_model,
@@ -27,6 +34,7 @@ from zotune.training.folders import (
 from zotune.training.freezing.plan import frozen_names
 from zotune.training.header import check_base, check_noise, read_record, rebuild_space
 from zotune.training.journal import Journal
+from zotune.training.preparation import again_
 from zotune.training.resume import replay_
 from zotune.training.settings import EvalConfig
 from zotune.training.streaming import Streaming
@@ -48,6 +56,7 @@ def replay(
     stream: bool | Literal["auto"] = False,
     memory_limit: str | None = None,
     offload_folder: str | None = None,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Rebuild a run's tuned model from its base and its journal alone.
 
@@ -59,12 +68,14 @@ def replay(
             when None.
         repair: go on with the good part of a damaged or unfinished journal.
         stream, memory_limit, offload_folder: as `TrainConfig`'s.
+        threads: as many as the run had when None.
+        task: of a run whose start is searched on a task that was given as an object.
 
     Raises:
         JournalError: damaged journal, another base, or a run by backprop.
     """
-    use_threads(threads)
     journal = Journal.read(run, repair=repair)
+    use_threads(threads if threads is not None else journal.header["config"].get("threads"))
     check_noise(journal)
     method = _method(journal)
     count = _count(journal, steps, repair)
@@ -75,6 +86,7 @@ def replay(
     )  # fmt: skip
     streaming = Streaming.of(where, module)
     loaded = _base(journal, model, device, trust_remote_code, streaming)
+    loaded, to = again_(loaded, journal.header, task)
     with nullcontext() if streaming is None else streaming.running(loaded.model):
         check_base(journal, fingerprint(loaded.model))
         prepared = _wrapped(loaded, journal)
@@ -82,7 +94,7 @@ def replay(
         round_to_storage_(prepared)
         folder = Path(out).expanduser() if out is not None else None
         if folder is not None:
-            _save(prepared, folder, loaded)
+            _save(prepared, folder, loaded, to)
         tuned = fingerprint(prepared)
     return {
         "out": str(folder) if folder is not None else None,
@@ -121,10 +133,9 @@ def _tuned(
     return tuner
 
 
-def _save(model: nn.Module, folder: Path, loaded: Loaded) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
-        raise BadInput(f"output folder {folder} is not empty; give another one")
-    write_model(model, folder, loaded)
+def _save(model: nn.Module, folder: Path, loaded: Loaded, to: Exporter | None) -> None:
+    need_empty(folder)
+    write_model(model, folder, loaded, to)
 
 
 def _method(journal: Journal) -> Method:

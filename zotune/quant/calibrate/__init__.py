@@ -1,9 +1,9 @@
 """Calibration: choosing codes and scales by what the layers get to see.
 
 One file per method, found by a scan of this folder: a module holds `METHOD`, a frozen record that
-is an `AbstractRounder` (which codes: rtn, gptq) or an `AbstractSmoother` (first scales of channels,
-folded into neighbours: awq, smoothquant). A smoother and a rounder go together, "awq + gptq"; a
-smoother alone rounds to nearest.
+is an `AbstractRounder` (which codes: rtn, gptq), an `AbstractSmoother` (scales of channels, folded
+into neighbours: awq, smoothquant) or an `AbstractRotation` (hidden states turned before all else:
+rotate). One of each sort go together, "rotate + awq + gptq"; without a rounder, to nearest.
 
 Blocks are taken in a row (chain.py). In each, smoothers fold first (folding.py); then layers are
 quantized in the order in which they run, those with the same input together, each on what comes
@@ -27,7 +27,13 @@ from torch import Tensor, nn
 from zotune.errors import BadInput
 from zotune.quant.calibrate.chain import stages
 from zotune.quant.calibrate.folding import Folding, fold_, folding
-from zotune.quant.calibrate.method import AbstractRounder, AbstractSmoother, Grid, Moments
+from zotune.quant.calibrate.method import (
+    AbstractRotation,
+    AbstractRounder,
+    AbstractSmoother,
+    Grid,
+    Moments,
+)
 from zotune.quant.calibrate.rtn import RoundToNearest
 from zotune.quant.calibrate.stage import Stage
 from zotune.quant.linear import QuantLinear, matrix
@@ -35,6 +41,12 @@ from zotune.quant.model import DEFAULT_EXCLUDE, choose, quantized_twin, replace_
 from zotune.quant.scheme import Scheme
 
 __all__ = ["Recipe", "Report", "calibrate_", "methods", "recipe"]
+
+
+Kind = type[AbstractRounder] | type[AbstractSmoother] | type[AbstractRotation]
+_SORTS: dict[str, type] = {
+    "rounder": AbstractRounder, "smoother": AbstractSmoother, "rotation": AbstractRotation
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Recipe:
 
     rounder: AbstractRounder = field(default_factory=RoundToNearest)
     smoother: AbstractSmoother | None = None
+    rotation: AbstractRotation | None = None
 
     @property
     def needs_data(self) -> bool:
@@ -59,22 +72,24 @@ class Report:
     """What was done, and what was not.
 
     layers: names of the quantized ones. unfolded: layers that a smoother found no neighbour for,
-    with the reason. silent: how many channels of a layer's input were zero for all the text.
-    nearest: layers rounded to nearest though the method looks at inputs, with the reason.
+    with the reason. unrotated: those whose inputs no rotation reaches. silent: how many channels of
+    a layer's input were zero for all the text. nearest: layers rounded to nearest though the method
+    looks at inputs, with the reason.
     """
 
     layers: tuple[str, ...]
     unfolded: dict[str, str] = field(default_factory=dict)
+    unrotated: dict[str, str] = field(default_factory=dict)
     silent: dict[str, int] = field(default_factory=dict)
     nearest: dict[str, str] = field(default_factory=dict)
 
 
 @cache
-def methods() -> dict[str, type[AbstractRounder] | type[AbstractSmoother]]:
+def methods() -> dict[str, Kind]:
     """Every method by name.
 
     >>> sorted(methods())
-    ['awq', 'gptq', 'rtn', 'smoothquant']
+    ['awq', 'gptq', 'rotate', 'rtn', 'smoothquant']
     """
     found = {}
     for info in pkgutil.iter_modules(__path__):
@@ -100,7 +115,7 @@ def recipe(terms: Sequence[tuple[str, Mapping[str, Any]]]) -> Recipe:
             raise BadInput(
                 f"calibration method {name!r} is unknown; use one of {sorted(methods())}"
             )
-        sort = "rounder" if issubclass(method, AbstractRounder) else "smoother"
+        sort = next(sort for sort, kind in _SORTS.items() if issubclass(method, kind))
         if sort in chosen:
             raise BadInput(f"{name!r} is a second {sort} beside {chosen[sort].name!r}; keep one")
         try:
@@ -144,6 +159,8 @@ def calibrate_(
     if how.needs_data and not inputs:
         raise BadInput("calibration looks at the layers' inputs, but there is no text; give --data")
     layers, grid = choose(model, scheme, exclude), Grid(scheme, stored)
+    unturned = how.rotation.rotate_(model) if how.rotation else {}
+    unrotated = {name: why for name, why in unturned.items() if name in layers}
     found = folding(model) if how.smoother else Folding((), {})
     silent: dict[str, int] = {}
     linear = {n: m for n, m in layers.items() if not isinstance(m, nn.Conv2d)}
@@ -160,7 +177,7 @@ def calibrate_(
             replace_(model, name, quantized_twin(module, scheme, name))
     unfolded = {name: why for name, why in found.refused.items() if name in layers}
     why = {n: "the model does not run it" if n in linear else "a convolution" for n in rest}
-    return Report(tuple(layers), unfolded, silent, why if how.needs_data else {})
+    return Report(tuple(layers), unfolded, unrotated, silent, why if how.needs_data else {})
 
 
 def _smooth_(

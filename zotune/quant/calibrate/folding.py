@@ -84,13 +84,13 @@ def folding(model: nn.Module) -> Folding:
     >>> folding(nn.Sequential(nn.Linear(2, 2))).refused
     {'0': 'no neighbours are known in models of type None; known: ...'}
     """
-    config = _config(model)
+    config = config_of(model)
     table = rows(config)
     modules = dict(model.named_modules())
     folds: list[Fold] = []
     reasons: dict[str, str] = {}
     for row in table:
-        for prefix in _prefixes(modules, row.targets):
+        for prefix in prefixes(modules, row.targets):
             targets = tuple(prefix + target for target in row.targets)
             why = row.why if isinstance(row, Blocked) else _obstacle(modules, prefix + row.source)
             if why is None and isinstance(row, Row):
@@ -159,13 +159,13 @@ def _unknown(config: Any) -> str:
     return f"no neighbours are known in models of type {known!r}; known: {', '.join(FAMILIES)}"
 
 
-def _config(model: nn.Module) -> Any:
+def config_of(model: nn.Module) -> Any:
     """The configuration of the model, or of the transformers model inside a wrapper."""
     configs = (getattr(module, "config", None) for module in model.modules())
     return next((c for c in configs if hasattr(c, "model_type")), None)
 
 
-def _prefixes(modules: dict[str, nn.Module], targets: tuple[str, ...]) -> Iterator[str]:
+def prefixes(modules: dict[str, nn.Module], targets: tuple[str, ...]) -> Iterator[str]:
     """What stands before the targets' names, once for every block that has them all."""
     for name in modules:
         if name.endswith("." + targets[0]):

@@ -1,4 +1,5 @@
-"""What a calibration method is: a smoother, which moves scales between layers, or a rounder."""
+"""What a calibration method is: a rotation, which turns hidden states before all else, a smoother,
+which moves scales between layers, or a rounder, which chooses codes."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zotune.quant.affine import dequantize, fit, nearest
 from zotune.quant.scheme import Scheme
@@ -121,4 +122,18 @@ class AbstractSmoother(ABC):
         Args:
             weights: (out, in) of the layers that share the input and will be quantized.
             moments: of that input.
+        """
+
+
+class AbstractRotation(ABC):
+    """Turns a float model's hidden states, exactly and within its weights. Frozen records."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def rotate_(self, model: nn.Module) -> dict[str, str]:
+        """In place.
+
+        Returns:
+            the linear layers whose inputs stay as they are, with the reason.
         """

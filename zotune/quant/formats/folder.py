@@ -31,7 +31,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield a fresh folder beside `folder` that takes its place when the block ends well.
 
     On an error the fresh folder is removed and the old one left as it was. Files of the old folder
-    that the fresh one lacks are kept, except weights and their index.
+    that the fresh one lacks are kept, except weights and their index, and a config beside a GGUF.
 
     Raises:
         BadInput: if `folder` exists and is neither empty nor a checkpoint.
@@ -126,8 +126,9 @@ def _swap(fresh: Path, folder: Path) -> None:
         raise
     _sync_directory(folder.parent)
     weights = (".gguf",) if is_gguf(old) else (".safetensors", *ONNX)
+    records = RECORDS if is_gguf(folder) else ()  # beside a config the file would be none's
     for path in old.iterdir():
-        stale = path.name in INDICES or path.suffix in weights
+        stale = path.name in (*INDICES, *records) or path.suffix in weights
         if not stale and not (folder / path.name).exists():
             path.rename(folder / path.name)
     shutil.rmtree(old, ignore_errors=True)

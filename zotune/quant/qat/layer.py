@@ -130,14 +130,14 @@ class FakeQuantLinear(nn.Module):
         own = (values.get(name, getattr(self, name)) for name in Point._fields)
         return Point(*own)
 
-    def inputs(self, x: Tensor, point: Point | None = None) -> Tensor:
-        """A((x - shift) / s), in x's dtype."""
+    def inputs(self, x: Tensor, point: Point | None = None, rounding: bool = True) -> Tensor:
+        """A((x - shift) / s), in x's dtype; without A, if it is not to be rounded."""
         point = point or self.point()
         if point.shift is not None:
             x = x - self._columns(point.shift).to(x.dtype)
         if point.log_scale is not None:
             x = x / self._columns(point.log_scale).exp().to(x.dtype)
-        if self.rounding and self.scheme.act_bits is not None:
+        if rounding and self.rounding and self.scheme.act_bits is not None:
             assert point.input_clip is not None
             x = kernels.clip_rows(x, _share(point.input_clip).unsqueeze(-1))
             x = reference.fake_quantize_rows(x, self.scheme.act_bits).to(x.dtype)

@@ -21,6 +21,8 @@ from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
 from zotune.quant.qat.smoothing import Run, layer_output, smooth_
 
 DAMPING: Final = 0.01  # GPTQ's
+MADE_UP: Final = 0.5
+"""Of what rounding takes from activations; all of it would fit the examples too well."""
 SHARES: Final = tuple(1.0 - k / 20 for k in range(15))
 TOKENS: Final = 8192
 """Tokens of a batch that a layer is searched on, at most."""
@@ -64,7 +66,7 @@ def search_(
             if clip:
                 clip_(layers[name], seen[name])
             if compensate:
-                compensate_(layers[name], seen[name], name)
+                compensate_(layers[name], seen[name], name, inputs[name])
             if clip_inputs:
                 clip_inputs_(layers[name], seen[name])
     return [name for name in layers if name not in inputs]
@@ -150,9 +152,18 @@ def clip_(layer: FakeQuantLinear, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def compensate_(layer: FakeQuantLinear, x: Tensor, name: str = "layer") -> None:
+def compensate_(
+    layer: FakeQuantLinear,
+    x: Tensor,
+    name: str = "layer",
+    exact_x: Tensor | None = None,
+) -> None:
     """Let the weights behind each column make up for its rounding, as GPTQ does (2022, arXiv
     2210.17323), on the layer's grid as it is; what is rounded later is what GPTQ would round.
+
+    With the inputs that the layer has in the exact model, weights also make up for half of what
+    rounding takes from them, here and in the layers before: W' is between W and the least squares
+    of W x_exact by W' A(x), which GPTAQ takes whole (2025, arXiv 2504.02692).
 
     The thresholds, shares of the weights' new extremes, are set so that the grid stays.
     """
@@ -164,6 +175,9 @@ def compensate_(layer: FakeQuantLinear, x: Tensor, name: str = "layer") -> None:
     zeros = None if zero is None else affine.per_weight(zero, columns, size).expand(-1, columns)
     upper = inverse_factor(seen.mT @ seen, DAMPING, name)
     rest = weight.double().clone()
+    if exact_x is not None:
+        lost = layer.inputs(exact_x, rounding=False).double() - seen
+        rest += MADE_UP * (rest @ (lost.mT @ seen) @ (upper.mT @ upper))  # (seen^T seen)^-1
     for k in range(columns):
         nearest = rest[:, k] / steps[:, k] + (0 if zeros is None else zeros[:, k])
         code = nearest.round().clamp(layer.scheme.lowest, layer.scheme.highest)
