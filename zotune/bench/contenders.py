@@ -108,6 +108,8 @@ def _by_bits(config: BenchConfig) -> dict[str, Scheme]:
     for text in config.words("scheme"):
         scheme = Scheme.parse(text)
         label = f"{scheme.kind}{scheme.bits}"
+        if scheme.act_bits not in (None, scheme.bits):  # of 8 bits, int8 goes without saying
+            label += f"a{scheme.act_bits}"
         if label in found:
             raise BadInput(f"scheme={config.scheme!r} names {label} twice; give one of each width")
         found[label] = scheme

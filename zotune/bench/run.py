@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from zotune.bench import report
+from zotune.bench.models import LLAMAS
 from zotune.bench.settings import BenchConfig
 from zotune.quant.running import forced_kernel
 from zotune.training.folders import use_threads
@@ -23,11 +24,14 @@ BENCHES = {
 
 
 def run(what: str, config: BenchConfig) -> dict[str, Any]:
-    """Measure, write `<out>/<what>.json` and `.png`; the document, and where the two lie."""
+    """Measure, write `<out>/<what>.json` and `.png`, or `<what>-<model>` of a random Llama; the
+    document, and where the two lie."""
     bench: Any = import_module(BENCHES[what])
     with prepare(config):
         rows, details = bench.measure(config)
-        made = report.document(what, rows, config.as_dict(), details)
+        model = config.model_name_or_path
+        name = f"{what}-{model}" if model in LLAMAS else what
+        made = report.document(name, rows, config.as_dict(), details)
     path = report.write(made, report.folder_of(config.output_dir))
     picture = path.with_suffix(".png")
     report.save(bench.draw(made), picture)

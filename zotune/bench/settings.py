@@ -17,7 +17,8 @@ class BenchConfig:
             "llama-1b" (random weights), or the folder of an encoder or causal model. Alias: model.
         batch: examples per step; 16, for a Llama 4, when null.
         length: tokens per example, no padding; 48, for a Llama 128, when null.
-        scheme: of the quantized contenders, comma-separated, one for each number of bits.
+        scheme: of the quantized contenders, comma-separated, one for each number of bits of
+            weights, and of activations where those are not 8 for both.
         only: these contenders and their floors alone: names or parts of names, comma-separated.
         rounds: rounds of interleaved timing; by the model's size when null.
         calls: steps of a contender in a round; by the model's size when null.
@@ -35,7 +36,7 @@ class BenchConfig:
     model_name_or_path: str = "minilm"
     batch: int | None = None
     length: int | None = None
-    scheme: str = "int4-g64,int8-channel-a8"
+    scheme: str = "int4-g64,int4-g64-a8,int8-channel-a8"
     only: str = ""
     rounds: int | None = None
     calls: int | None = None

@@ -21,8 +21,8 @@ from zotune.errors import BadInput
 
 OVER_FORWARDS, OVER_FORWARDS_DENSE = 1.05, 1.3
 PEERS: dict[str, dict[str, float | None]] = {
-    names.MEZO: {"mezo fp32": 2.0, "mezo bf16": None, "int4": 6.0, "int8": 10.0},
-    names.LORA: {"int4": None, "int8": 6.0},
+    names.MEZO: {"mezo fp32": 2.0, "mezo bf16": None, "int4": 6.0, "int4a8": 6.0, "int8": 10.0},
+    names.LORA: {"int4": None, "int4a8": None, "int8": 6.0},
     names.QZO_PEER: {"int4": None},
     names.QLORA: {"int4": None},
     names.ADAMW: {"mezo fp32": None, "mezo bf16": None},
