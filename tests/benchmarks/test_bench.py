@@ -44,10 +44,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(what: str, out: Path, **settings: Any) -> dict[str, Any]:
     """The result file of one benchmark."""
     made = run(what, BenchConfig(**{**QUICK, **settings, "output_dir": str(out)}))
-    found: dict[str, Any] = json.loads((out / f"{what}.json").read_text())
+    found: dict[str, Any] = json.loads(Path(made["written"]).read_text())
     conforms(found)
     assert found == {k: v for k, v in made.items() if k not in ("written", "plot")}
-    assert (out / f"{what}.png").read_bytes().startswith(b"\x89PNG")
+    assert Path(made["plot"]).read_bytes().startswith(b"\x89PNG")
     return found
 
 
