@@ -32,8 +32,8 @@ def test_bench_writes_json_and_plot_and_prints_the_table(zotune: Any, tmp_path: 
     assert "MeZO restated / qzo int8" in said.out
     assert "MISSED" in said.out or "met" in said.out
     assert "kernel: int8-channel-a8, float32: QuantLinear int8-channel-a8 on cpu" in said.out
-    assert (tmp_path / "new/step.png").exists()
-    found = json.loads((tmp_path / "new/step.json").read_text())
+    assert (tmp_path / "new/step-llama-tiny.png").exists()
+    found = json.loads((tmp_path / "new/step-llama-tiny.json").read_text())
     conforms(found)
     again = zotune("bench", "step", *words, "--json")
     assert {"rows", "written", "plot"} <= set(again.json)
