@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import process
-from benchmarks.harness import Row, begin, parser, report
+from benchmarks.harness import Row, begin, measured_apart, parser, report
+from zotune.bench import process
 
 LARGER, OVER_READING = 4.0, 1.3
 SCHEME = "int8-channel-a8"
@@ -206,7 +206,7 @@ def apart(name: str, folder: str, given: argparse.Namespace) -> dict[str, Any]:
     words = ["--measure", name, "--folder", folder]
     for key in ("threads", "hidden", "layers", "tokens", "steps", "limit"):
         words += [f"--{key}", str(getattr(given, key))]
-    found: dict[str, Any] = process.measured_apart("benchmarks.stream", words, timeout=3600)
+    found: dict[str, Any] = measured_apart("benchmarks.stream", words, timeout=3600)
     return found
 
 

@@ -120,4 +120,4 @@ def test_the_roofline_has_shares_growth_and_a_picture(tmp_path: Path) -> None:
     assert found["growth"]["length"]["sizes"] == [2, 4, 6, 8]
     judged = [row for row in made["rows"] if row["target"] is not None]
     assert len(judged) == 3
-    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert Path(made["plot"]).read_bytes().startswith(b"\x89PNG")

@@ -52,4 +52,6 @@ def test_minilm_embeddings_stay_near_the_float_ones(
         fast = model(**batch).last_hidden_state
         with kernels.force("reference"):
             slow = model(**batch).last_hidden_state
-    assert (fast - slow).norm() / slow.norm() < 0.01
+    # A sum that is rounded another way makes one activation's code another now and then, and every
+    # layer above sees it: layers agree to 3e-6 on equal inputs (`test_rounded.py`).
+    assert (fast - slow).norm() / slow.norm() < (0.1 if "a8" in scheme else 0.01)

@@ -169,7 +169,10 @@ def test_unreadable_pictures_are_named_left_out_and_counted(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"cat/1.png": b"bad", "dog/1.png": b"bad", "dog/2.png": b"bad"}, "none of the 2 pictures"),
+        (
+            {f"{kind}/{k}.png": b"bad" for kind in ("cat", "dog") for k in (1, 2)},
+            "none of the 3 pictures",
+        ),
         ({"cat/notes.txt": b"no"}, "holds no pictures in a subfolder per class"),
         ({"train.csv": b"file,label\na.png,x\nb.png,y\nc.png,y"}, "no field 'path'"),
     ],
@@ -181,6 +184,16 @@ def test_folders_without_pictures_are_refused(
         write(f"set/{name}", content)
     with pytest.raises(DataError, match=message):
         tasks.get("images", data=str(tmp_path / "set"))
+
+
+def test_splits_do_not_depend_on_where_the_folder_lies(write: Write, tmp_path: Path) -> None:
+    held = []
+    for place in ("here", "there/deeper"):
+        for k in range(12):
+            write(f"{place}/{'cat' if k % 2 else 'dog'}/{k}.png", png(picture(k)))
+        task = tasks.get("images", data=str(tmp_path / place), dev_size=4)
+        held.append(sorted(Path(row["image"]).stem for row in task.split("dev")))
+    assert held[0] == held[1]
 
 
 def test_a_picture_that_would_fill_the_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,14 @@ from training import lab
 
 from zotune.errors import DataError
 from zotune.tasks.batch import Batch
-from zotune.training import train
+from zotune.training import ahead, train
 from zotune.training.ahead import Ahead
 from zotune.training.batches import AbstractBatches, Batches, PoissonBatches
 from zotune.training.objective import Objective
 
 
 def threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("zotune")]
+    return [t.name for t in threading.enumerate() if t.name.startswith(ahead.NAME)]
 
 
 class Watched(Objective):

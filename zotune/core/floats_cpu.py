@@ -29,6 +29,7 @@ def nearest(value):
 
 @_inlined
 def wide(pattern):
+    """The float32 that a pattern stands for."""
     return _u(_u(pattern) << _u(16)).view(np.float32)
 
 

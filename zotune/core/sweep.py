@@ -51,14 +51,14 @@ class Sweeps:
         if how is None:
             return frozenset()
         free = [b for b in blocks if not (b.exact or (method.weight_decay and b.decay))]
-        swept = _on_cpu([b for b in free if b.device.type == "cpu"], method, past, how)
-        return swept | self._on_gpu([b for b in free if b.device.type != "cpu"], method, past, how)
+        drawn = [b for b in free if has_triton(b.device.type)]
+        if drawn:
+            return self._on_gpu(drawn, method, past, how)
+        return _on_cpu([b for b in free if b.device.type == "cpu"], method, past, how)
 
     def _on_gpu(
         self, blocks: list[Block], method: Method, past: Estimate, how: Elementwise
     ) -> frozenset[str]:
-        if not blocks or not has_triton(blocks[0].device.type):
-            return frozenset()
         from zotune.core import sweep_triton
 
         law = method.perturbation

@@ -124,6 +124,7 @@ def sweep_(block: Block, law: Perturbation, past: Estimate, rule: Elementwise) -
         rounding = (stream, _words(past.key, f"{block.name}#round"))
         run = partial(_range, move_bfloat16, data, number, tile, (*rest, *rounding))
     parallel_ranges(run, len(data), GRAIN)
+    torch.autograd.graph.increment_version(block.tensor)  # what caches by it must see the change
 
 
 def _range(

@@ -124,7 +124,7 @@ def images(
         DataError: naming what is missing; pictures that cannot be read are named and left out.
     """
     sizes = Sizes(train_size, dev_size, test_size, seed)
-    tables = sizes.apply(_own(data, path_field, encoding))
+    tables = _own(data, path_field, encoding, sizes)
     first = tables.get("train") or next(iter(tables.values()))
     names = parse_list(labels) if labels is not None else find_labels(first, label_field)
     readable = Readable(Files())
@@ -139,11 +139,24 @@ def images(
     )  # fmt: skip
 
 
-def _own(data: Data, field: str, encoding: str) -> Tables:
+def _own(data: Data, field: str, encoding: str, sizes: Sizes) -> Tables:
+    """Splits are drawn by paths as seen from the data: a folder may move, they stay."""
     folder = Path(data).expanduser() if isinstance(data, str | Path) else None
-    if folder is not None and folder.is_dir() and not has_tables(folder):
-        return folder_tables(folder)
-    return {split: _located(rows, field) for split, rows in load(data, encoding).items()}
+    if folder is None or not folder.is_dir() or has_tables(folder):
+        chosen = sizes.apply(load(data, encoding))
+        return {split: _located(rows, field) for split, rows in chosen.items()}
+    inside = {
+        split: _renamed(rows, lambda path: str(Path(path).relative_to(folder)))
+        for split, rows in folder_tables(folder).items()
+    }
+    return {
+        split: _renamed(rows, lambda path: str(folder / path))
+        for split, rows in sizes.apply(inside).items()
+    }
+
+
+def _renamed(rows: Table, change: Callable[[str], str]) -> Table:
+    return rows.map(lambda row: {**row, "image": change(str(row["image"]))})
 
 
 def _located(rows: Table, field: str) -> Table:

@@ -18,6 +18,8 @@ from zotune.training.batches import AbstractBatches, Batches, together
 
 Read = list[Batch] | None
 
+NAME = "zotune-batches"  # of the thread
+
 
 class Ahead:
     """Batches by step, for `count(step)` steps' worth of examples each.
@@ -34,7 +36,7 @@ class Ahead:
         self, workers: int = 1, device: str = "cpu", count: Callable[[int], int] = lambda step: 1
     ) -> None:
         self.device, self.count = torch.device(device), count
-        self._pool = ThreadPoolExecutor(1, "zotune-batches") if workers else None
+        self._pool = ThreadPoolExecutor(1, NAME) if workers else None
         self._next: tuple[AbstractBatches, int, Future[list[Read]]] | None = None
 
     def batch(self, batches: AbstractBatches, step: int) -> Batch | Sequence[Batch]:

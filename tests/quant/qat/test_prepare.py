@@ -87,6 +87,19 @@ def test_the_quantized_model_computes_the_same(make: Callable[[], nn.Module], sc
     assert float((logits(model) - before).abs().max()) <= 3e-5 * float(before.abs().max())
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_model_that_was_wrapped_since_is_quantized_as_it_was_alone(freeze: bool) -> None:
+    found = []
+    for wrap in (lambda model: model, lambda model: nn.ModuleDict({"deep": nn.Sequential(model)})):
+        model = toys.bert()
+        moved_(model, "int4-channel-a8")
+        outer = wrap(model)
+        done = freeze_(outer, []) if freeze else quantize_(outer)
+        assert len(done) == sum(isinstance(m, QuantLinear) for m in model.modules())
+        found.append(logits(model))
+    assert torch.equal(*found)
+
+
 def test_a_shift_needs_biases_and_a_scale_does_not() -> None:
     llama, wide = toys.llama(), opt()
     assert not any(fold.shifts for fold in moved_(llama, "int4-channel"))

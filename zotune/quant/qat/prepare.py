@@ -90,8 +90,8 @@ def quantize_(model: nn.Module) -> list[str]:
     layers, transforms = fake_layers(model), list(_transforms(model))
     for name, layer in layers.items():
         replace_(model, name, layer.quantized())
-    for fold, scale, shift in transforms:
-        _absorb_(model.get_submodule(fold.source), fold, scale, shift)
+    for root, fold, scale, shift in transforms:
+        _absorb_(root.get_submodule(fold.source), fold, scale, shift)
     return list(layers)
 
 
@@ -104,23 +104,28 @@ def freeze_(model: nn.Module, kept: Iterable[str]) -> list[str]:
         names of the quantized layers.
     """
     kept = set(kept)
-    for fold, scale, shift in list(_transforms(model)):
+    for root, fold, scale, shift in list(_transforms(model)):
         for name in fold.targets:
-            fake_layers(model)[name].attach_(None, None, None)
-        fold_(model, fold, scale, shift)
+            fake_layers(root)[name].attach_(None, None, None)
+        fold_(root, fold, scale, shift)
     frozen = {n: layer for n, layer in fake_layers(model).items() if n not in kept}
     for name, layer in frozen.items():
         replace_(model, name, layer.quantized())
     return list(frozen)
 
 
-def _transforms(model: nn.Module) -> Iterator[tuple[Fold, Tensor, Tensor | None]]:
-    """The folds with their scales and shifts."""
+def _transforms(model: nn.Module) -> Iterator[tuple[nn.Module, Fold, Tensor, Tensor | None]]:
+    """The folds with the module that their names start from, and their scales and shifts.
+
+    A model that a task has wrapped since (an encoder under a head) is a child of what it is now.
+    """
     layers = fake_layers(model)
     for fold in folds_on(model):
-        first = layers[fold.targets[0]]
+        path, first = next((p, layer) for p, layer in layers.items() if layer.fold == fold)
+        target = next(name for name in fold.targets if f".{path}".endswith(f".{name}"))
         assert first.log_scale is not None
-        yield fold, first.log_scale.exp(), first.shift
+        root = model.get_submodule(path.removesuffix(target).rstrip("."))
+        yield root, fold, first.log_scale.exp(), first.shift
 
 
 def _absorb_(source: nn.Module, fold: Fold, scale: Tensor, shift: Tensor | None) -> None:
