@@ -23,7 +23,7 @@ PYTHON = "Python"
 PARTS = (PRODUCTS, ATTENTION, REST, ROUNDING, NOISE, UPDATE, PYTHON)
 
 SPANS = {
-    PRODUCTS: ("zotune.quant.kernels.vnni:product_",),
+    PRODUCTS: ("zotune.quant.kernels.vnni:product_", "zotune.quant.kernels.bf16:product_"),
     NOISE: ("zotune.core.noise:draw_rows", "zotune.core.noise:draw_whole",
             "zotune.core.noise:combine_"),
     ROUNDING: ("zotune.quant.kernels.rounded:round_rows", "zotune.quant.kernels.rounded:rescale_",
