@@ -115,7 +115,7 @@ def site_free(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
 
     >>> model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 1))
     >>> [type(m).__name__ for m in site_free(model, [Site("1", model[1], {})])]
-    ['Sequential']
+    ['Sequential', 'Linear', 'ReLU']
     """
     owners = {id(site.module) for site in sites}
     holding = {id(m) for m in model.modules() if any(id(c) in owners for c in m.modules())}
