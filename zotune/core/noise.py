@@ -70,7 +70,8 @@ def philox_key(seed: int, name: str) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=65536)
-def _philox_key_array(seed: int, name: str) -> Any:
+def philox_key_array(seed: int, name: str) -> Any:
+    """`philox_key` as compiled kernels take it."""
     return np.array(philox_key(seed, name), np.uint32)
 
 
@@ -121,7 +122,7 @@ def draw_rows(
     view = out.numpy()
     streams = np.array([k.stream for k in keys], np.uint32)
     offsets = np.array(starts, np.int64)
-    seed_array = _philox_key_array(keys[0].seed, name)
+    seed_array = philox_key_array(keys[0].seed, name)
     if len(keys) == 1:
         parallel_ranges(
             lambda lo, hi: kernel(view[:, lo:hi], number, size, offsets + lo, streams, seed_array),
@@ -162,7 +163,7 @@ def draw_whole(
 
     out = torch.empty(stop - start, dtype=torch.int8)
     view, stream = out.numpy(), np.array(key.stream, np.uint32)
-    seed_array = _philox_key_array(key.seed, name)
+    seed_array = philox_key_array(key.seed, name)
     parallel_ranges(
         lambda lo, hi: noise_cpu.whole(view[lo:hi], most, start + lo, stream, seed_array),
         len(out),
@@ -204,7 +205,7 @@ def combine_(
     view = out.numpy()
     streams = np.array([k.stream for k in keys], np.uint32)
     weights = np.array(coefficients, np.float32)
-    seed_array = _philox_key_array(keys[0].seed, name)
+    seed_array = philox_key_array(keys[0].seed, name)
     parallel_ranges(
         lambda lo, hi: kernel(view[lo:hi], number, size, start + lo, streams, seed_array, weights),
         len(out),

@@ -21,7 +21,7 @@ from zotune.core import noise_cpu
 from zotune.core.block import Block, FloatBlock
 from zotune.core.estimator import Estimate
 from zotune.core.floats_cpu import nearest, wide
-from zotune.core.noise import Key, philox_key
+from zotune.core.noise import philox_key_array
 from zotune.core.perturbation import Perturbation
 from zotune.core.rule import Elementwise
 from zotune.quant.kernels.threads import parallel_ranges
@@ -30,7 +30,7 @@ GRAIN = 1 << 15  # numbers per thread below which a second thread does not pay
 CHUNK = 2048  # numbers of g that are alive at once: a tile of signs, in the nearest cache
 _compiled: Any = njit(nogil=True, cache=True)
 _inlined: Any = njit(nogil=True, cache=True, forceinline=True)
-_f, _i, _u = np.float32, np.int32, np.uint32
+_f, _u = np.float32, np.uint32
 
 
 @_inlined
@@ -111,9 +111,9 @@ def sweep_(block: Block, law: Perturbation, past: Estimate, rule: Elementwise) -
     streams = np.array([key.stream for key in past.keys], np.uint32)
     weights = np.array([w * how.gain for w in past.weights(block)], np.float32)
     low = _f(-np.inf if block.minimum is None else block.minimum)
+    key = philox_key_array(past.keys[0].seed, block.name)
     rest = (
-        streams, _words(past.keys[0], block.name), weights, _f(rule.size), _f(block.stride),
-        rule.sign, low,
+        streams, key, weights, _f(rule.size), _f(block.stride), rule.sign, low,
     )  # fmt: skip
     if stored.dtype == torch.float32:
         data = stored.numpy()
@@ -121,7 +121,7 @@ def sweep_(block: Block, law: Perturbation, past: Estimate, rule: Elementwise) -
     else:
         data = stored.view(torch.uint16).numpy()
         stream = np.array([past.key.stream], np.uint32)
-        rounding = (stream, _words(past.key, f"{block.name}#round"))
+        rounding = (stream, philox_key_array(past.key.seed, f"{block.name}#round"))
         run = partial(_range, move_bfloat16, data, number, tile, (*rest, *rounding))
     parallel_ranges(run, len(data), GRAIN)
     torch.autograd.graph.increment_version(block.tensor)  # what caches by it must see the change
@@ -131,7 +131,3 @@ def _range(
     kernel: Any, data: NDArray[Any], law: int, tile: int, rest: tuple[Any, ...], lo: int, hi: int
 ) -> None:
     kernel(data[lo:hi], law, tile, lo, *rest)
-
-
-def _words(key: Key, name: str) -> NDArray[np.uint32]:
-    return np.array(philox_key(key.seed, name), np.uint32)

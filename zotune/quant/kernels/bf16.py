@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from zotune.quant.kernels import panels
+from zotune.quant.kernels.compiled import to_bfloat16
 from zotune.quant.kernels.panels import PANEL, ROWS, VECTORS, columns_of, lay
 from zotune.quant.kernels.vectors import FLOATS, LANES, WORD, WORDS, Code, processor_has
 from zotune.quant.scheme import Scheme
@@ -81,14 +82,6 @@ _tile: Any = intrinsic(_emit)
 
 
 @_inlined
-def _rounded(value):  # type: ignore[no-untyped-def]
-    """The bits of the nearest bfloat16, ties to even, in the low half of a word."""
-    bits = _f(value).view(np.int32)
-    even = _i(_i(bits >> _i(16)) & _i(1))
-    return _i(_i(_i(bits + _i(0x7FFF)) + even) >> _i(16)) & _i(0xFFFF)
-
-
-@_inlined
 def _dequantize(weights, codes, offset, scale, zero, group):  # type: ignore[no-untyped-def]
     """weights[k / 2, c] = the pair (codes - zero) scale of columns k and k + 1."""
     for k in range(codes.shape[0] // PANEL):
@@ -101,7 +94,8 @@ def _dequantize(weights, codes, offset, scale, zero, group):  # type: ignore[no-
             for c in range(PANEL):
                 a = _f(_i(_i(_i(source[c] >> low) & _i(255)) - offset)) - zeros[c]
                 b = _f(_i(_i(_i(source[c] >> high) & _i(255)) - offset)) - zeros[c]
-                to[c] = _i(_rounded(a * scales[c]) | _i(_rounded(b * scales[c]) << _i(16)))
+                first, second = to_bfloat16(a * scales[c]), to_bfloat16(b * scales[c])
+                to[c] = _i(_i(first) | _i(_i(second) << _i(16)))
 
 
 @_compiled

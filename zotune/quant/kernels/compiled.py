@@ -19,7 +19,7 @@ _INVERSE_127 = np.float32(1.0 / 127.0)
 
 
 @njit(nogil=True, cache=True)
-def _to_bfloat16(value: np.float32) -> np.uint16:
+def to_bfloat16(value: np.float32) -> np.uint16:
     """Round float32 to the nearest bfloat16, ties to even, as a uint16 pattern."""
     bits = np.float32(value).view(np.uint32)
     even = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
@@ -37,7 +37,7 @@ def _stored(target: Array, value: np.float32) -> Any:
 @overload(_stored)
 def _choose_stored(target: Any, value: Any) -> Callable[[Any, Any], Any]:
     def as_bfloat16(target: Any, value: Any) -> Any:
-        return _to_bfloat16(value)
+        return to_bfloat16(value)
 
     def as_int8(target: Any, value: Any) -> Any:
         return np.int8(np.int32(value))

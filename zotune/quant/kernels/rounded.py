@@ -63,8 +63,8 @@ def linear_(
     if out.numel() == 0:
         return out
     tokens, columns = x.shape[1:]
-    even = scheme.group_size is not None and columns % scheme.group_size == 0
-    rows = round_rows(x.flatten(0, 1), columns // (scheme.group_size or columns) if even else 1)
+    size = scheme.group_size
+    rows = round_rows(x.flatten(0, 1), columns // size if size and columns % size == 0 else 1)
     y = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     first = 0
     for batch in batches:
