@@ -77,8 +77,10 @@ def test_without_rounding_transforms_change_no_output(make: Callable[[], nn.Modu
 
 
 @pytest.mark.parametrize("make", MODELS)
-@pytest.mark.parametrize("scheme", ["int2-g8-asym", "int4-channel-a4", "int8-channel-a8"])
+@pytest.mark.parametrize("scheme", ["int2-g8-asym", "int4-channel-a8", "int8-channel-a8"])
 def test_the_quantized_model_computes_the_same(make: Callable[[], nn.Module], scheme: str) -> None:
+    """Not with fewer bits for activations, where a row's largest number lies between two codes and
+    its last bit, which folding changes, decides; the layer alone is tested with those."""
     model = make().double()
     moved_(model, scheme)
     before, names = logits(model), set(fake_layers(model))

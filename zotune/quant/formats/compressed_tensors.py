@@ -15,8 +15,8 @@ tensors tell, and `config_groups` in config.json tells bits, groups and activati
         nvfp4          E4M3 (m, n / 16), over one float32 number: scale / weight_global_scale
         mxfp4          uint8 (m, n / 32): 2^(e - 127)
 
-Dynamic activations of 4 or 8 bits per token are rounded as vLLM does, max|x| / 127 to a step for
-int8.
+Dynamic activations per token are rounded as vLLM does for 8 bits, max|x| / 127 to a step, and as the
+library does for 4, max|x| / 7.5.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def linear(
 def rounded_inputs(x: Tensor, scheme: Scheme) -> Tensor:
     """Activations as the product takes them, where no kernel rounds them itself (8-bit integers).
 
-    >>> rounded_inputs(torch.tensor([[7.0, 3.4]]), Scheme.parse("int4-channel-a4")).tolist()
+    >>> rounded_inputs(torch.tensor([[7.5, 3.4]]), Scheme.parse("int4-channel-a4")).tolist()
     [[7.0, 3.0]]
     """
     if scheme.float_inputs:

@@ -23,7 +23,11 @@ def one_per_weight(codes: Tensor, bits: int, columns: int) -> Tensor:
 def quantize_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Quantize activations to integers, one scale per row.
 
-    scale = max|x| / n,  code = round(x * n / max|x|),  n = 2^(bits-1) - 1
+    scale = max|x| / n,  code = round(x * n / max|x|)
+
+    with n = 127 and codes within -127..127 for 8 bits, as the integer products of vLLM have it, and
+    n = 2^(bits-1) - 1/2 and codes within -2^(bits-1)..2^(bits-1) - 1 for fewer, as compressed-tensors
+    has it: there every code counts, and the largest positive number gives up half a step.
 
     Args:
         x: (tokens, in), any float dtype.
@@ -34,15 +38,25 @@ def quantize_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     >>> codes, scale = quantize_rows(torch.tensor([[1.0, -0.5]]))
     >>> codes.tolist(), round(scale.item() * 127, 6)
     ([[127, -64]], 1.0)
+    >>> codes, scale = quantize_rows(torch.tensor([[7.5, -7.5, 3.4]]), bits=4)
+    >>> codes.tolist(), scale.item()
+    ([[7, -8, 3]], 1.0)
     """
-    x, most = x.float(), float((1 << (bits - 1)) - 1)
+    x = x.float()
     if x.numel() == 0:
         return x.to(torch.int8), x.new_zeros(x.shape[0], 1)
     largest = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, most / largest, 0.0)
-    codes = (x * inverse).round_().clamp_(-most, most)
+    if bits == 8:
+        scale = largest * (1 / 127.0)
+        codes = (x * torch.where(largest > 0, 127.0 / largest, 0.0)).round_().clamp_(-127, 127)
+    else:
+        # The largest number lies between two codes: only that library's own operations, in its
+        # order, send it the same way.
+        half = float(1 << (bits - 1))
+        scale = largest / (half - 0.5)
+        codes = (x / scale).round_().clamp_(-half, half - 1)
     # NaN has no code; the scale carries it to the output so that it is never mistaken for a number.
-    return codes.nan_to_num_(0.0).to(torch.int8), largest * (1.0 / most)
+    return codes.nan_to_num_(0.0).to(torch.int8), scale
 
 
 def fake_quantize_rows(x: Tensor, bits: int = 8) -> Tensor:
