@@ -201,6 +201,7 @@ CASES = [
     Case("biases"),
     Case("head"),
     Case("head(basis='classes')"),
+    Case("head(basis='white')"),
     Case("lora(targets='up|down')"),
     Case("adapter(rank=2)"),
     Case("scales", "int4-g8"),

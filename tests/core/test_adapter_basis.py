@@ -202,11 +202,32 @@ def test_a_head_on_a_basis_takes_any_number_of_labels(
         assert float(((x @ a.mT).mT @ left).abs().max()) < 1e-2 * len(x)
 
 
+def test_a_white_head_starts_where_it_was_and_sees_uncorrelated_inputs_of_size_one() -> None:
+    model = nn.Sequential()
+    model.head = nn.Linear(6, 3)  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 2
+    plain = model(x)
+    # No label is looked at: `after` is not given.
+    (block,) = Head(basis="white").build(model, lambda model, after, examples: model(x))
+    ((_, _, adapter),) = adapters(model)
+    assert torch.equal(model(x), plain)
+    assert block.shape == (3, 6)
+    moments = x.double().mT @ x.double() / len(x)
+    moments += 0.01 * moments.diagonal().mean() * torch.eye(6)
+    a = adapter.A.double()
+    assert torch.allclose(a, a.mT, atol=1e-6)
+    assert torch.allclose(a @ moments @ a, torch.eye(6, dtype=torch.double), atol=1e-4)
+
+
 def test_a_head_on_a_basis_wants_labels_activations_and_a_linear_head() -> None:
     with pytest.raises(BadInput, match="observe"):
         Head(basis="classes").build(small())
-    with pytest.raises(BadInput, match="needs a basis"):
-        Head(project=True)
+    with pytest.raises(BadInput, match="one of classes, white"):
+        Head(basis="fisher")
+    for basis in (None, "white"):
+        with pytest.raises(BadInput, match="needs a smaller basis"):
+            Head(basis=basis, project=True)
     with pytest.raises(BadInput, match="linear head"):
         Head(basis="classes").build(nn.Sequential(nn.ReLU()), observe)
 

@@ -259,7 +259,10 @@ def recorded() -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
-@pytest.mark.parametrize("head", ["head(exact=True)", "head(basis='classes', exact=True)"])
+@pytest.mark.parametrize(
+    "head",
+    ["head(exact=True)", "head(basis='classes', exact=True)", "head(basis='white', exact=True)"],
+)
 def test_the_heads_gradient_is_exact_and_nothing_below_is_recorded(
     head: str, micro_batch: int | None
 ) -> None:

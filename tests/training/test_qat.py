@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import toys
-from torch import Tensor
+from torch import Tensor, nn
 from training import lab
 
 from zotune import tasks
@@ -60,6 +60,41 @@ def test_a_run_leaves_ordinary_quantized_layers_and_says_what_it_reached(tmp_pat
     assert numbers["after"] < numbers["start"]
     assert set(found.exceptions["unfolded"]) == {"up", "down"}  # no family whose folds are known
     assert found.result.trainable == 2 * 16 * 32 + 2 * (32 * 2 + 16 * 4)  # no transforms to tune
+
+
+class Headed(nn.Module):
+    """A model with a new head, which begins by changing nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.outer = model, nn.Linear(toys.LABELS, toys.LABELS)
+        nn.init.eye_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.outer(self.model(input_ids))
+        return out
+
+
+class Heading(Objective):
+    """Puts a new head on the model whenever it is prepared, as classification does."""
+
+    def prepare(self, loaded: Any) -> nn.Module:
+        return Headed(loaded.model)
+
+
+def test_what_it_reached_counts_the_head_that_the_task_put_on(tmp_path: Path) -> None:
+    task = Heading(toys.cross_entropy, lab.rows(), lab.rows(12))
+    given = config(tmp_path / "run", max_steps=40, space="weights(pattern='outer')")
+    found = zeroqat(given, HOW, model=toys.small(), task=task)
+    numbers = found.texts["objective"]
+    assert numbers["after"] == found.result.after
+    assert numbers["after"] < 0.98 * numbers["start"]
+    with pytest.raises(BadInput, match="no place for the head"):
+        how = Preparation("int4-g8", exclude=("head",))
+        other = config(tmp_path / "other")
+        zeroqat(other, how, format="compressed-tensors", model=toys.small(), task=task)
+    assert not (tmp_path / "other" / "model").exists()
 
 
 def interrupted(after: int) -> Objective:

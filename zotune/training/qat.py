@@ -92,12 +92,15 @@ def zeroqat(
     to = _exporter(format, how, config.space)
     task = task or open_task(config)
     measured = {task.name: task, **{name: tasks.get(name) for name in texts}}
-    loaded = _opened(config, model, how, to)
+    loaded = _opened(config, model, task, how, to)
     texts_found: dict[str, dict[str, float]] = {name: {} for name in measured}
 
-    def note(state: str) -> None:
+    def note(state: str, own: float | None = None) -> None:
+        """Measure; `own` is the task's number where it was measured with a head of the task's."""
         for name, each in measured.items():
-            value = measure(config, each, each.prepare(loaded), final_split(each))[each.metric]
+            value = own
+            if value is None or each is not task:
+                value = measure(config, each, each.prepare(loaded), final_split(each))[each.metric]
             texts_found[name][state] = value
             log.info("%s, %s: %s %.4f", name, state, each.metric, value)
 
@@ -112,9 +115,11 @@ def zeroqat(
     space = config.space or how.space(loaded.model)
     loaded = dataclasses.replace(loaded, prepared=written(how, to))
     result = train(dataclasses.replace(config, space=space), model=loaded, task=task)
-    if to.name != "zotune":
+    if to.name == "zotune":
+        note("after", result.after)
+    else:
         write_model(loaded.model, config.out / "model", loaded, to)
-    note("after")
+        note("after")
     return Outcome(result, texts_found, exceptions, seconds)
 
 
@@ -129,13 +134,22 @@ def _exporter(format: str, how: Preparation, space: str | None) -> Exporter:
 
 
 def _opened(
-    config: TrainConfig, model: nn.Module | Loaded | None, how: Preparation, to: Exporter
+    config: TrainConfig,
+    model: nn.Module | Loaded | None,
+    task: Task,
+    how: Preparation,
+    to: Exporter,
 ) -> Loaded:
     """The float model, which takes the scheme and can be exported."""
     loaded = open_model(config, model)
     if loaded.format != "float":
         raise BadInput(
             f"{loaded.path} is quantized already; training through rounding starts from floats"
+        )
+    if to.name != "zotune" and task.prepare(loaded) is not loaded.model:
+        raise BadInput(
+            f"format {to.name!r} has no place for the head that task {task.name!r} puts on this "
+            "model; use format 'zotune'"
         )
     scheme = Scheme.parse(how.scheme)
     to.check(loaded.model, choose(loaded.model, scheme, how.exclude), scheme)

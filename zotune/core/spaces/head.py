@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from zotune.errors import BadInput
 from zotune.models import PooledClassifier
 from zotune.models.adapter import CHILD, LowRank, attach
 
-SHRINKAGE = 0.3  # share of the mean variance added to the covariance within classes
-CLASS_EXAMPLES = 4096  # training examples that the directions are measured on, at most
+BASES: Final = ("classes", "white")
+SHRINKAGE: Final = 0.3  # share of the mean variance added to the covariance within classes
+RIDGE: Final = 0.01  # share of the mean square added to the inputs' second moments
+CLASS_EXAMPLES: Final = 4096  # training examples that the directions are measured on, at most
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Head(SpaceSpec):
     dozen numbers instead of thousands, so that every probe says much about each. `project` keeps of
     W only its least-squares fit on those directions, for a head that was only guessed (from label
     texts), whose rest is noise. C A is folded into W when the run ends.
+
+    basis="white" takes every direction, C (labels, in), with A = (E[x x^T] + 0.01 s I)^(-1/2) for
+    the inputs x and the mean s of their squares: coordinates of equal size without correlations, in
+    which plain steps go where Newton's would on the whole head.
 
     layers="all" lets a classifier's head read every layer's mean state, not the last one's only:
     what a layer knows of the classes need not pass through those above it (after the linear
@@ -45,12 +51,14 @@ class Head(SpaceSpec):
     exact: bool = False
 
     def __post_init__(self) -> None:
-        if self.basis not in (None, "classes"):
-            raise BadInput(f"basis={self.basis!r}; want 'classes', or none for the whole head")
+        if self.basis not in (None, *BASES):
+            raise BadInput(
+                f"basis={self.basis!r}; want one of {', '.join(BASES)}, or none for the whole head"
+            )
         if self.layers not in ("last", "all"):
             raise BadInput(f"layers={self.layers!r}; want 'last' or 'all'")
-        if self.project and self.basis is None:
-            raise BadInput("project=True needs a basis to project on; use basis='classes'")
+        if self.project and self.basis != "classes":
+            raise BadInput("project=True needs a smaller basis; use basis='classes'")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,13 +94,13 @@ class Head(SpaceSpec):
     ) -> tuple[LowRank, float]:
         if observe is None:
             raise BadInput("a head on a basis measures activations: it needs `observe`")
-        seen = _Classes(layer.out_features)
+        seen = _Seen(layer.out_features)
         handle = layer.register_forward_hook(seen)
         try:
-            observe(model, seen.label, CLASS_EXAMPLES)
+            observe(model, seen.label if self.basis == "classes" else None, CLASS_EXAMPLES)
         finally:
             handle.remove()
-        a = seen.basis(path)
+        a = seen.white() if self.basis == "white" else seen.basis(path)
         start = (
             seen.fit(layer.weight, a) if self.project else torch.zeros(layer.out_features, len(a))
         )
@@ -110,8 +118,8 @@ def _linear_head(model: nn.Module, inside: set[int]) -> tuple[str, nn.Linear]:
     return found[-1]
 
 
-class _Classes:
-    """The head's inputs and their classes, batch by batch."""
+class _Seen:
+    """The head's inputs, and their classes where they are asked for, batch by batch."""
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
@@ -139,6 +147,14 @@ class _Classes:
         x = torch.cat(self.inputs).double()
         logits = x @ weight.detach().double().cpu().mT
         return torch.linalg.lstsq(x @ a.double().mT, logits).solution.mT.float().contiguous()
+
+    def white(self) -> Tensor:
+        """(in, in): (E[x x^T] + ridge)^(-1/2), the mean input among the directions."""
+        x = torch.cat(self.inputs).double()
+        moments = x.mT @ x / len(x)
+        moments.diagonal().add_(RIDGE * moments.diagonal().mean().clamp_min(1e-12))
+        values, vectors = torch.linalg.eigh(moments)
+        return ((vectors * values.rsqrt()) @ vectors.mT).float().contiguous()
 
     def basis(self, path: str) -> Tensor:
         """(labels, in): orthogonal discriminant directions and that of the mean input, which is
