@@ -38,11 +38,14 @@ TARGET = 3.0  # points above the model as it came
 PROBED = "mezo(units='absolute', eps=0.1, directions='example', schedule='linear')"
 EXACT = "mezo(units='absolute', schedule='linear')"
 SHIFT = "norms(basis='shift')"
+STILL = "norms(basis='shift', lr=0.0)"
 CONTENDERS = (
+    Contender(PROBED, f"{SHIFT} + head(basis='white', exact=True, lr=0.1)", (1.0,)),
+    Contender(EXACT, f"{STILL} + head(basis='white', exact=True)", (0.1,), 1),
     Contender(PROBED, f"{SHIFT} + head(exact=True, lr=0.3)", (1.0,)),
     Contender(EXACT, "norms(basis='shift', share=1.0, lr=0.0)", (1.0,), 1),
-    Contender(EXACT, "norms(basis='shift', lr=0.0)", (1.0,), 1),
-    Contender(EXACT, "norms(basis='shift', lr=0.0) + head(exact=True)", (0.3,), 1),
+    Contender(EXACT, STILL, (1.0,), 1),
+    Contender(EXACT, f"{STILL} + head(exact=True)", (0.3,), 1),
     Contender("adamw", "norms", (1e-2,)),
     Contender("adamw", "weights", (1e-3,), None, {"scheme": None}),
     Contender(EXACT, "head(exact=True)", (0.3,), 1),

@@ -43,6 +43,8 @@ CASES = [
     ("compressed-tensors", "int8-channel"), ("compressed-tensors", "int8-channel-a8"),
     ("compressed-tensors", "int8-channel-a8", "zeroqat"),
     ("compressed-tensors", "int4-channel-a4", "zeroqat"),
+    ("compressed-tensors", "int4-channel-a4asym", "zeroqat"),
+    ("compressed-tensors", "int8-channel-a8asym"),
     ("gptq", "int4-g32"), ("gptq_v2", "int4-g32-asym"), ("gptq", "int8-channel"),
     ("gptq_v2", "int2-g32-asym"), ("gptq_v2", "int3-g32-asym"),
     ("gguf", "int8-g32"), ("gguf", "int4-g32"), ("gguf", "int4-g32-asym"), ("gguf", "int5-g32"),

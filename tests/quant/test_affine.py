@@ -22,8 +22,9 @@ def schemes(draw: st.DrawFn) -> Scheme:
         symmetric=draw(st.booleans()),
         group_size=draw(st.integers(1, 9)) if granularity == "group" else None,
         granularity=granularity,
-        act_bits=draw(st.sampled_from((None, 4, 6, 8))),
-    )
+        **draw(st.sampled_from(({}, *({"act_bits": n, "act_symmetric": even}
+               for n in (4, 6, 8) for even in (True, False))))),
+    )  # fmt: skip
 
 
 def weights(seed: int, rows: int, columns: int, spread: float) -> torch.Tensor:
@@ -140,6 +141,8 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
         ({"group_size": 0}, "needs a group_size"),
         ({"granularity": "channel"}, "takes no group_size"),
         ({"act_bits": 3}, "act_bits=3"),
+        ({"act_symmetric": False}, "act_bits=None"),
+        ({"act_symmetric": False, "act_bits": 8, "bits": 8, "kind": "fp"}, "kind='fp'"),
     ],
 )
 def test_schemes_that_do_not_exist_are_refused(options: dict[str, object], message: str) -> None:

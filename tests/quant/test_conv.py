@@ -92,6 +92,16 @@ def test_rounded_activations_give_the_convolution_of_rounded_images(
             torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("text", ["int8-channel-a4", "int4-channel-a6asym", "int8-channel-a8asym"])
+def test_activations_of_other_grids_are_rounded_too(text: str) -> None:
+    layer, x = QuantConv2d.from_conv(conv(padding=1), Scheme.parse(text)), images() + 1
+    wanted = twin(conv(padding=1), layer)(fake_quantize(x, layer.scheme))
+    assert float((fake_quantize(x, layer.scheme) - x).abs().max()) > 1e-3
+    for name in ("reference", "cpu"):
+        with kernels.force(name):
+            torch.testing.assert_close(layer(x), wanted)
+
+
 def test_an_example_is_the_same_alone_and_in_company() -> None:
     layer, x = QuantConv2d.from_conv(conv(padding=1), Scheme.parse("int8-channel-a8")), images(4)
     together = layer(x)
@@ -143,7 +153,7 @@ def test_fractional_codes_are_seen_by_a_forward() -> None:
     before = layer(x)
     layer.codes = layer.unpacked().float() + 0.25
     shift = (0.25 * layer.scale).expand(8, 36).reshape(8, 4, 3, 3)
-    wanted = before + F.conv2d(fake_quantize(x), shift)
+    wanted = before + F.conv2d(fake_quantize(x, layer.scheme), shift)
     torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
 
 

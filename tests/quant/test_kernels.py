@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -308,6 +310,35 @@ def test_the_last_group_may_be_shorter(text: str, columns: int, kind: str) -> No
     assert_close(cpu.linear(x, given, scale, zero, None, scheme), slow, torch.float32)
     if scheme.act_bits is None:
         torch.testing.assert_close(slow.double(), x.double() @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+@given(
+    rows=st.integers(0, 4), columns=st.integers(1, 9), bits=st.integers(4, 8),
+    shift=st.floats(-3, 3), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_activations_fill_their_grid_from_the_smallest_to_the_largest(
+    rows: int, columns: int, bits: int, shift: float, seed: int
+) -> None:
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 5 + shift
+    codes, scale, zero = reference.quantize_rows_unevenly(x, bits)
+    assert bool((codes.int().abs() <= 2 ** (bits - 1)).all())
+    away = (reference.fake_quantize_rows(x, bits, symmetric=False) - x).abs()
+    # The zero point is whole, so that an end may lie half a step outside the grid.
+    assert bool((away <= scale * (1 + 1e-4)).all())
+    inside = (x / scale + zero).abs() <= 2 ** (bits - 1) - 1
+    assert bool((away <= scale * (0.5 + 1e-4))[inside].all())
+    span = x.amax(-1).clamp(min=0) - x.amin(-1).clamp(max=0) if rows else x.new_zeros(0)
+    assert torch.allclose(scale.squeeze(1) * (2**bits - 1), span)
+
+
+def test_rows_of_zeros_and_of_nan_stay_what_they_are() -> None:
+    x = torch.tensor([[0.0, 0.0], [math.nan, 1.0], [0.0, 4.0], [-2.0, 0.0]])
+    for symmetric in (True, False):
+        for bits in (4, 8):
+            rounded = reference.fake_quantize_rows(x, bits, symmetric)
+            assert rounded[0].tolist() == [0, 0]
+            assert bool(rounded[1].isnan().any())
+            assert rounded[2:].diff().abs().flatten().tolist() == pytest.approx([4, 2], rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])

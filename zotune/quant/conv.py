@@ -112,8 +112,8 @@ class QuantConv2d(QuantLayer):
             sums, _, x_scale = integer_sums(x, codes, self.geometry)
             return (sums * x_scale).permute(0, 3, 1, 2)
         dtype = code_dtype(self.compute_dtype or x.dtype)
-        if self.scheme.integer_inputs:
-            x, dtype = fake_quantize(x), torch.float32
+        if self.scheme.act_bits is not None:
+            x, dtype = fake_quantize(x, self.scheme), torch.float32
         x = x.to(dtype, memory_format=torch.channels_last)
         return self.geometry.convolve(x, codes.to(dtype)).float()
 

@@ -118,7 +118,7 @@ class QuantLinear(QuantLayer):
         if self.order is not None:
             x = x.index_select(-1, self.order)
         if self.input_clip is not None:
-            x = kernels.clip_rows(x, self.input_clip)
+            x = kernels.clip_rows(x, self.input_clip, self.scheme.act_symmetric)
         return kernels.rounded_inputs(x, self.scheme)
 
     def dequantize(self) -> Tensor:

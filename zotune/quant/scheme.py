@@ -15,7 +15,7 @@ BITS: Final = {"int": (2, 3, 4, 5, 6, 7, 8), "fp": (4, 8), "nf": (4,), "fpb": (4
 GRANULARITIES: Final = ("group", "channel", "tensor")
 _SCHEME = re.compile(
     r"(?P<kind>int|fpb|fp|nf|aq)(?P<bits>\d+)-(?P<unit>g\d+|channel|tensor)"
-    r"(?P<asym>-asym)?(?P<act>-a\d+)?"
+    r"(?P<asym>-asym)?(-a(?P<act>\d+)(?P<uneven>asym)?)?"
 )
 
 
@@ -30,6 +30,8 @@ class Scheme:
         granularity: "group", "channel" (one scale per output row) or "tensor" (a single scale).
         act_bits: 4 to 8 quantizes activations to integers of so many bits per token at run time
             (8 for floats, to E4M3); None leaves them alone.
+        act_symmetric: True for a grid of activations around zero, False for one from a token's
+            smallest to its largest, with a zero point of its own.
         kind: "int", or "fp" for codes that are floats of few bits: E4M3 (8 bits), E2M1 (4 bits);
             "nf" for NF4, "fpb" for bitsandbytes' FP4; "aq" for places in codebooks of vectors.
 
@@ -37,7 +39,8 @@ class Scheme:
         BadInput: for a combination that does not exist.
 
     >>> Scheme.parse("int4-g64-asym")
-    Scheme(bits=4, symmetric=False, group_size=64, granularity='group', act_bits=None, kind='int')
+    Scheme(bits=4, symmetric=False, group_size=64, granularity='group', act_bits=None, kind='int', \
+act_symmetric=True)
     >>> str(Scheme(bits=8, group_size=None, granularity="channel", act_bits=8))
     'int8-channel-a8'
     """
@@ -48,6 +51,7 @@ class Scheme:
     granularity: str = "group"
     act_bits: int | None = None
     kind: str = "int"
+    act_symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in BITS.get(self.kind, ()):
@@ -73,10 +77,15 @@ class Scheme:
         possible = (4, 5, 6, 7, 8) if self.kind == "int" else (8,)
         if self.act_bits not in (None, *possible):
             raise BadInput(f"act_bits={self.act_bits!r} is not supported; use {possible} or None")
+        if not self.act_symmetric and (self.act_bits is None or self.kind != "int"):
+            raise BadInput(
+                "act_symmetric=False is for activations rounded to integers, got "
+                f"act_bits={self.act_bits!r} of kind={self.kind!r}; give 4 to 8 bits of kind 'int'"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        """Read a scheme written as `int|fp<bits>-g<size>|channel|tensor[-asym][-a<bits>]`.
+        """Read a scheme written as `int|fp<bits>-g<size>|channel|tensor[-asym][-a<bits>[asym]]`.
 
         Raises:
             BadInput: if the text does not have that form.
@@ -88,7 +97,8 @@ class Scheme:
         if match is None:
             raise BadInput(
                 f"scheme {text!r} is not understood; write int<bits>-g<size>, int<bits>-channel or "
-                "int<bits>-tensor, then optionally -asym and -a<bits>, for example 'int4-g64'"
+                "int<bits>-tensor, then optionally -asym and -a<bits> or -a<bits>asym, for example "
+                "'int4-g64'"
             )
         unit, act = match["unit"], match["act"]
         grouped = unit.startswith("g")
@@ -97,7 +107,8 @@ class Scheme:
             symmetric=match["asym"] is None,
             group_size=int(unit[1:]) if grouped else None,
             granularity="group" if grouped else unit,
-            act_bits=int(act[2:]) if act else None,
+            act_bits=int(act) if act else None,
+            act_symmetric=match["uneven"] is None,
             kind=match["kind"],
         )
 
@@ -105,6 +116,7 @@ class Scheme:
         unit = f"g{self.group_size}" if self.granularity == "group" else self.granularity
         asym = "" if self.symmetric else "-asym"
         act = f"-a{self.act_bits}" if self.act_bits else ""
+        act += "" if self.act_symmetric else "asym"
         return f"{self.kind}{self.bits}-{unit}{asym}{act}"
 
     @property
@@ -127,7 +139,7 @@ class Scheme:
     @property
     def integer_inputs(self) -> bool:
         """Whether kernels round activations to int8 and multiply integers."""
-        return self.act_bits == 8 and self.kind == "int"
+        return self.act_bits == 8 and self.act_symmetric and self.kind == "int"
 
     @property
     def float_inputs(self) -> bool:

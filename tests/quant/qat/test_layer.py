@@ -16,7 +16,8 @@ from zotune.quant.calibrate.folding import Fold
 from zotune.quant.qat import FakeQuantLinear, fake_layers, fake_quantize_
 
 SCHEMES = ["int2-g8-asym", "int3-channel", "int4-g8-a4", "int6-channel-asym-a6", "int4-tensor-a8",
-           "int8-channel-a8", "int7-g8", "int5-channel-a5"]  # fmt: skip
+           "int8-channel-a8", "int7-g8", "int5-channel-a5",
+           "int4-channel-a4asym"]  # fmt: skip
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -48,6 +49,21 @@ def test_untouched_it_is_rounding_to_nearest(text: str) -> None:
         assert torch.allclose(fake(drawn(5, 16)), plain(drawn(5, 16)), atol=1e-5)
 
 
+def at_rest(x: Tensor, scheme: Scheme) -> Tensor:
+    """x clipped to 0.8 of its extremes and rounded, as compressed-tensors (and vLLM) have it."""
+    assert scheme.act_bits is not None
+    most = 2 ** (scheme.act_bits - 1) - 1
+    if scheme.act_symmetric:
+        high = x.abs().amax(-1, keepdim=True) * 0.8
+        low = -high
+        step, zero = high / (most if scheme.act_bits == 8 else most + 0.5), 0 * high
+    else:
+        low, high = (f(x, -1, keepdim=True) * 0.8 for f in (torch.amin, torch.amax))
+        step = (high - low) / (2 * most + 1)
+        zero = (-most - 1 - low / step).round()
+    return ((x.clamp(low, high) / step + zero).round().clamp(-most - 1, most) - zero) * step
+
+
 @given(text=st.sampled_from(SCHEMES), rows=st.integers(1, 5), seed=st.integers(0, 99))
 def test_the_formula_in_float64(text: str, rows: int, seed: int) -> None:
     made = layer(text, rows, seed=seed)
@@ -73,11 +89,7 @@ def test_the_formula_in_float64(text: str, rows: int, seed: int) -> None:
         # Below 8 bits the largest number lies between two codes: its float32 value decides.
         plain = made.inputs(drawn(3, 16, seed=700), rounding=False)
         assert torch.allclose(plain.double(), x, atol=1e-6)
-        limit = plain.abs().amax(-1, keepdim=True) * torch.tensor(0.8)
-        high = 2 ** (scheme.act_bits - 1) - 1
-        low, steps = (-high, high) if scheme.act_bits == 8 else (-high - 1, high + 0.5)
-        step = limit / steps
-        x = ((plain.clamp(-limit, limit) / step).round().clamp(low, high) * step).double()
+        x = at_rest(plain, scheme).double()
     wanted = x @ rounded.t() + made.bias.double() + made.weight.double() @ shift  # type: ignore[union-attr]
     away = (made(drawn(3, 16, seed=700)).double() - wanted).abs()
     assert float(away.max()) <= 1e-4 * float(wanted.abs().max())

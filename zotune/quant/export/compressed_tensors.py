@@ -26,9 +26,7 @@ from zotune.quant.scheme import COMMON_BITS, Scheme
 
 # The library whose config.json this is, as far as readers look at its version.
 LIBRARY: Final = "0.20.0"
-PER_TOKEN: Final = {
-    "type": "int", "strategy": "token", "symmetric": True, "dynamic": True,
-}  # fmt: skip
+PER_TOKEN: Final = {"type": "int", "strategy": "token", "dynamic": True}
 
 
 class CompressedTensorsExporter:
@@ -37,7 +35,8 @@ class CompressedTensorsExporter:
 
     name: Final = "compressed-tensors"
     schemes: Final = (
-        "int2, int3, int4, int8 -gN or -channel, -asym or not; int8-channel-a8, int4-channel-a4"
+        "int2, int3, int4, int8 -gN or -channel, -asym or not; int8-channel-a8[asym], "
+        "int4-channel-a4[asym]"
     )
 
     def refusal(self, scheme: Scheme) -> str | None:
@@ -75,6 +74,12 @@ def _layout(layer: QuantLinear) -> CompressedLayout:
     return CompressedLayout(scheme, rows, columns, not scheme.act_bits, scales)
 
 
+def _activations(scheme: Scheme) -> dict[str, Any] | None:
+    if scheme.act_bits is None:
+        return None
+    return {**PER_TOKEN, "num_bits": scheme.act_bits, "symmetric": scheme.act_symmetric}
+
+
 def _record(model: nn.Module, layers: list[QuantLinear]) -> dict[str, Any]:
     scheme = layers[0].scheme
     kind = "int-quantized" if scheme.act_bits else "pack-quantized"
@@ -91,9 +96,7 @@ def _record(model: nn.Module, layers: list[QuantLinear]) -> dict[str, Any]:
     group = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": {**PER_TOKEN, "num_bits": scheme.act_bits}
-        if scheme.act_bits
-        else None,
+        "input_activations": _activations(scheme),
         "output_activations": None,
         "format": kind,
     }

@@ -15,8 +15,8 @@ tensors tell, and `config_groups` in config.json tells bits, groups and activati
         nvfp4          E4M3 (m, n / 16), over one float32 number: scale / weight_global_scale
         mxfp4          uint8 (m, n / 32): 2^(e - 127)
 
-Dynamic activations per token are rounded as vLLM does for 8 bits, max|x| / 127 to a step, and as the
-library does for 4, max|x| / 7.5.
+Dynamic activations per token are rounded as vLLM does for 8 bits, max|x| / 127 to a step, and as
+the library does for 4, max|x| / 7.5, and for those that are not symmetric, (max - min) / 15 or 255.
 """
 
 from __future__ import annotations
@@ -242,10 +242,11 @@ def _scheme(name: str, weights: dict[str, Any], activations: dict[str, Any]) -> 
     act_bits = activations.get("num_bits", 8) if activations else None
     same = {"type": weights.get("type"), "strategy": "token", "dynamic": True}
     dynamic = {key: activations.get(key) for key in same} == same
-    if activations and not (dynamic and activations.get("symmetric", True) and bits in (4, 8)):
+    uneven = bool(activations) and not activations.get("symmetric", True)
+    if activations and not (dynamic and bits in (4, 8) and not (uneven and kind == "fp")):
         raise FormatError(
             f"activations of layer {name!r} are {activations}; read are none, and those of the "
-            "weights' type, symmetric and dynamic per token"
+            "weights' type, dynamic per token"
         )
     granularity = {"group": "group", "tensor_group": "group"}.get(str(strategy), str(strategy))
     size = weights.get("group_size") if granularity == "group" else None
@@ -253,7 +254,7 @@ def _scheme(name: str, weights: dict[str, Any], activations: dict[str, Any]) -> 
         if kind == "int" and bits not in COMMON_BITS:
             raise BadInput(f"bits={bits} of kind='int' is not read; {COMMON_BITS} are")
         symmetric = bool(weights.get("symmetric", True))
-        return Scheme(bits, symmetric, size, granularity, act_bits, kind)
+        return Scheme(bits, symmetric, size, granularity, act_bits, kind, not uneven)
     except (BadInput, TypeError) as error:
         raise FormatError(
             f"the weight of layer {name!r} is stored with strategy={strategy!r}, "

@@ -148,19 +148,26 @@ def rounded_inputs(x: Tensor, scheme: Scheme) -> Tensor:
         return x
     from zotune.quant.kernels import reference
 
-    return reference.fake_quantize_rows(x, scheme.act_bits).to(x.dtype)
+    return reference.fake_quantize_rows(x, scheme.act_bits, scheme.act_symmetric).to(x.dtype)
 
 
-def clip_rows(x: Tensor, share: Tensor) -> Tensor:
-    """Activations no larger than `share` of the largest of their row.
+def clip_rows(x: Tensor, share: Tensor, symmetric: bool = True) -> Tensor:
+    """Activations no larger than `share` of the largest of their row; or, unless `symmetric`,
+    within `share` of the smallest and of the largest.
 
     >>> clip_rows(torch.tensor([[4.0, -8.0]]), torch.tensor([0.75])).tolist()
     [[4.0, -6.0]]
+    >>> clip_rows(torch.tensor([[4.0, -8.0]]), torch.tensor([0.75]), symmetric=False).tolist()
+    [[3.0, -6.0]]
     """
     if x.numel() == 0:
         return x
-    most = x.abs().amax(-1, keepdim=True) * share.to(x.dtype)
-    return torch.maximum(torch.minimum(x, most), -most)
+    share = share.to(x.dtype)
+    if symmetric:
+        most = x.abs().amax(-1, keepdim=True) * share
+        return torch.maximum(torch.minimum(x, most), -most)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    return torch.maximum(torch.minimum(x, high * share), low * share)
 
 
 def fake_quantize_float(x: Tensor) -> Tensor:

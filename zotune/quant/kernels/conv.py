@@ -86,8 +86,8 @@ def conv2d(
     if fast and scheme.integer_inputs and whole(codes, scale, geometry):
         return _integer(x, codes, scale, zero, bias, geometry)
     inputs, dtype = x, compute_dtype or x.dtype
-    if scheme.integer_inputs:
-        inputs, dtype = fake_quantize(x), torch.float32
+    if scheme.act_bits is not None:
+        inputs, dtype = fake_quantize(x, scheme), torch.float32
     if fast:
         from zotune.quant.kernels import cpu
 
@@ -149,6 +149,8 @@ def _integer(
     return y.view(sums.shape).permute(0, 3, 1, 2).to(x.dtype)
 
 
-def fake_quantize(x: Tensor) -> Tensor:
-    """Images rounded to the int8 grid of each example, float32; the gradient passes straight."""
-    return reference.fake_quantize_rows(x.flatten(1)).view(x.shape)
+def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
+    """Images rounded to the grid of each example, float32; the gradient passes straight."""
+    assert scheme.act_bits is not None
+    flat = reference.fake_quantize_rows(x.flatten(1), scheme.act_bits, scheme.act_symmetric)
+    return flat.view(x.shape)

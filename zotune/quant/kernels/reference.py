@@ -26,8 +26,9 @@ def quantize_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     scale = max|x| / n,  code = round(x * n / max|x|)
 
     with n = 127 and codes within -127..127 for 8 bits, as the integer products of vLLM have it, and
-    n = 2^(bits-1) - 1/2 and codes within -2^(bits-1)..2^(bits-1) - 1 for fewer, as compressed-tensors
-    has it: there every code counts, and the largest positive number gives up half a step.
+    n = 2^(bits-1) - 1/2 and codes within -2^(bits-1)..2^(bits-1) - 1 for fewer, as
+    compressed-tensors has it: there every code counts, and the largest positive number gives up
+    half a step.
 
     Args:
         x: (tokens, in), any float dtype.
@@ -59,12 +60,46 @@ def quantize_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     return codes.nan_to_num_(0.0).to(torch.int8), scale
 
 
-def fake_quantize_rows(x: Tensor, bits: int = 8) -> Tensor:
+def quantize_rows_unevenly(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize activations to integers by a scale and a zero point per row, which is what
+    compressed-tensors does.
+
+    scale = (high - low) / (2^bits - 1),  zero = round(-2^(bits-1) - low / scale),
+    code = round(x / scale + zero) within -2^(bits-1)..2^(bits-1) - 1
+
+    for low <= 0 <= high, the smallest and the largest number of a row.
+
+    Args:
+        x: (tokens, in), any float dtype.
+
+    Returns:
+        codes int8 (tokens, in), scale and whole zero float32 (tokens, 1).
+
+    >>> codes, scale, zero = quantize_rows_unevenly(torch.tensor([[14.0, -1.0, 3.3]]), bits=4)
+    >>> codes.tolist(), scale.item(), zero.item()
+    ([[7, -8, -4]], 1.0, -7.0)
+    """
+    x, half = x.float(), float(1 << (bits - 1))
+    if x.numel() == 0:
+        empty = x.new_zeros(x.shape[0], 1)
+        return x.to(torch.int8), empty, empty
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / (2 * half - 1)
+    zero = (-half - low / scale).clamp_(-half, half - 1).round_().nan_to_num_(0.0)
+    codes = (x / scale).add_(zero).clamp_(-half, half - 1).round_()
+    return codes.nan_to_num_(0.0).to(torch.int8), scale, zero
+
+
+def fake_quantize_rows(x: Tensor, bits: int = 8, symmetric: bool = True) -> Tensor:
     """Activations rounded to their grid, float32; the gradient passes straight through."""
     flat = x.float().reshape(-1, x.shape[-1])
     with torch.no_grad():
-        codes, scale = quantize_rows(flat, bits)
-        rounded = codes.float() * scale
+        if symmetric:
+            codes, scale = quantize_rows(flat, bits)
+            rounded = codes.float() * scale
+        else:
+            codes, scale, zero = quantize_rows_unevenly(flat, bits)
+            rounded = (codes.float() - zero) * scale
     if x.requires_grad:
         rounded = flat + (rounded - flat).detach()
     return rounded.reshape(x.shape)

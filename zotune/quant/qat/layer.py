@@ -139,8 +139,9 @@ class FakeQuantLinear(nn.Module):
             x = x / self._columns(point.log_scale).exp().to(x.dtype)
         if rounding and self.rounding and self.scheme.act_bits is not None:
             assert point.input_clip is not None
-            x = kernels.clip_rows(x, _share(point.input_clip).unsqueeze(-1))
-            x = reference.fake_quantize_rows(x, self.scheme.act_bits).to(x.dtype)
+            even = self.scheme.act_symmetric
+            x = kernels.clip_rows(x, _share(point.input_clip).unsqueeze(-1), even)
+            x = reference.fake_quantize_rows(x, self.scheme.act_bits, even).to(x.dtype)
         return x
 
     def weight_seen(self, point: Point | None = None) -> tuple[Tensor, Tensor | None]:
