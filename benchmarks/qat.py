@@ -103,8 +103,8 @@ PARTS = {
     "int2-g64": Part("int2-g64-asym", {}, {}, padded, ("gptq", "half")),
     "int3": Part("int3-channel-asym"),
     "int4-a4": Part(
-        "int4-channel-a4asym", CLIP,
-        {"without smoothing": {"smooth": False, **CLIP}, "rotated": {"rotate": True, **CLIP}},
+        "int4-channel-a4asym", {"rotate": True, **CLIP},
+        {"not rotated": CLIP, "neither rotated nor smoothed": {"smooth": False, **CLIP}},
         targets=("half",),
     ),
     "outliers": Part(
@@ -298,7 +298,7 @@ def fine_tuned(config: TrainConfig, rounded: bool) -> dict[str, float]:
     if not rounded:
         result = train(config)
         return {"before": result.before or 0.0, "after": result.after}
-    made = zeroqat(config, Preparation("int4-channel-a4asym", rotate=True, clip_inputs=True))
+    made = zeroqat(config, Preparation("int4-channel-a4asym", rotate=True, examples=256))
     return next(iter(made.texts.values()))
 
 

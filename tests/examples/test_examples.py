@@ -60,7 +60,7 @@ def test_a_configuration_is_read_by_the_command_line(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in YAML if n not in EVALUATED])
 def test_its_method_and_space_exist(name: str) -> None:
-    from zotune.training.assemble import open_method, open_space
+    from zotune.training.opening import open_method, open_space
 
     values = vars(parsed(name))
     _, config, _ = COMMANDS["train"]

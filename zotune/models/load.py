@@ -96,11 +96,32 @@ def load(
             "(`zotune quantize`), or drop --stream"
         )
     if is_pipeline(folder):
-        model, found = read_denoiser(folder, None if dtype == "auto" else parse_dtype(dtype))
-        left = default_exclude("diffusion") if exclude is None else exclude
-        _quantize_(model, scheme, left, found, folder)
-        set_compute_dtype_(model, compute_dtype)
-        return Loaded(model.to(device).eval(), None, "diffusion", folder, model.config, found)
+        loaded = _denoiser(folder, dtype)
+    else:
+        loaded = _checkpoint(folder, kind, dtype, trust_remote_code, device, shelf)
+    if scheme is not None:
+        _quantize_(loaded, scheme, exclude)
+    set_compute_dtype_(loaded.model, compute_dtype)
+    if shelf is None:
+        loaded.model.to(device)
+    loaded.model.eval()
+    return loaded
+
+
+def _denoiser(folder: Path, dtype: str | torch.dtype) -> Loaded:
+    model, found = read_denoiser(folder, None if dtype == "auto" else parse_dtype(dtype))
+    return Loaded(model, None, "diffusion", folder, model.config, found)
+
+
+def _checkpoint(
+    folder: Path,
+    kind: str,
+    dtype: str | torch.dtype,
+    trust_remote_code: bool,
+    device: str | torch.device,
+    shelf: formats.Shelf | None,
+) -> Loaded:
+    """Of one of the formats, with its tokenizer."""
     found = formats.detect(folder)
     own = formats.formats()[found]
     whole = own if isinstance(own, formats.SelfContained) else None
@@ -115,9 +136,6 @@ def load(
         trust_remote_code=trust_remote_code,
         shelf=shelf,
     )
-    left = default_exclude(resolved) if exclude is None else exclude
-    _quantize_(model, scheme, left, found, folder)
-    set_compute_dtype_(model, compute_dtype)
     inner_config = model.config
     if pooled:
         model = PooledClassifier(model, *read_head(home))
@@ -126,25 +144,16 @@ def load(
         tokenizer = with_padding(whole.tokenizer(folder), folder)
     elif resolved != "vision":
         tokenizer = load_tokenizer(home, trust_remote_code)
-    if shelf is None:
-        model = model.to(device)
-    return Loaded(model.eval(), tokenizer, resolved, folder, inner_config, found)
+    return Loaded(model, tokenizer, resolved, folder, inner_config, found)
 
 
-def _quantize_(
-    model: nn.Module,
-    scheme: str | Scheme | None,
-    exclude: tuple[str, ...],
-    found: str,
-    folder: Path,
-) -> None:
-    if scheme is None:
-        return
-    if found != "float":
+def _quantize_(loaded: Loaded, scheme: str | Scheme, exclude: tuple[str, ...] | None) -> None:
+    if loaded.format != "float":
         raise BadInput(
-            f"{folder} is already quantized; leave scheme out or load a float checkpoint"
+            f"{loaded.path} is already quantized; leave scheme out or load a float checkpoint"
         )
-    quantize_model_(model, scheme, exclude)
+    inner = loaded.model.saved_model if isinstance(loaded.model, formats.Wrapper) else loaded.model
+    quantize_model_(inner, scheme, default_exclude(loaded.kind) if exclude is None else exclude)
 
 
 def find_folder(path: str | Path, trust_remote_code: bool = False) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +14,7 @@ from zotune.models import Loaded
 from zotune.quant.running import forced_kernel, kernels_of, say_kernels
 from zotune.tasks.task import Task
 from zotune.training.batches import spread
+from zotune.training.config import TrainConfig
 from zotune.training.folders import from_module, use_threads
 from zotune.training.opening import open_model, open_task
 from zotune.training.settings import EvalConfig
@@ -29,7 +31,7 @@ def evaluate(
 
 
 def _evaluate(config: EvalConfig, model: nn.Module | Loaded | None, task: Task) -> dict[str, Any]:
-    split = config.split or next(n for n in ("test", "dev", "train") if n in task.splits)
+    split = config.split or final_split(task)
     if split not in task.splits:
         raise BadInput(f"task {task.name!r} has no split {split!r}, only {', '.join(task.splits)}")
     if model is None and not config.model_name_or_path:
@@ -42,18 +44,35 @@ def _evaluate(config: EvalConfig, model: nn.Module | Loaded | None, task: Task) 
         running = kernels_of(prepared)
         if config.verbose:
             say_kernels(running)
-        examples = spread(task.split(split), config.max_eval_samples)
         began = time.perf_counter()
-        numbers = task.evaluate(prepared, examples, config.per_device_eval_batch_size)
+        numbers = measure(config, task, prepared, split)
         seconds = time.perf_counter() - began
     return {
         "task": config.task or task.name,
         "split": split,
         "metric": task.metric,
         "value": numbers[task.metric],
-        "examples": len(examples),
+        "examples": len(spread(task.split(split), config.max_eval_samples)),
         "seconds": seconds,
         "numbers": numbers,
         "kernels": running,
         "model": config.model_name_or_path,
     }
+
+
+def measure(
+    config: TrainConfig | EvalConfig, task: Task, model: nn.Module, split: str
+) -> dict[str, float]:
+    """The task's numbers on a split, or on `max_eval_samples` of it."""
+    chosen = spread(task.split(split), config.max_eval_samples)
+    return task.evaluate(model, chosen, config.per_device_eval_batch_size)
+
+
+def final_split(task: Task) -> str:
+    """Where the numbers before and after training are measured."""
+    return first_split(task, ("test", "dev", "train"))
+
+
+def first_split(task: Task, names: Sequence[str]) -> str:
+    """The first of `names` that the task has."""
+    return next(name for name in names if name in task.splits)

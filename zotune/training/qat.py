@@ -31,8 +31,8 @@ from zotune.quant.export import Exporter, exporter
 from zotune.quant.model import DEFAULT_EXCLUDE, choose, float_dtype
 from zotune.quant.scheme import Scheme
 from zotune.tasks.task import Task
-from zotune.training.assemble import final_split, measure
 from zotune.training.config import TrainConfig
+from zotune.training.evaluation import final_split, measure
 from zotune.training.folders import use_threads, write_model
 from zotune.training.loop import train
 from zotune.training.opening import open_model, open_task

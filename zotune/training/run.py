@@ -13,10 +13,11 @@ from zotune.core.step import StepReport, Tuner
 from zotune.errors import ZotuneError
 from zotune.training import report, snapshots
 from zotune.training.ahead import Ahead
-from zotune.training.assemble import Bench, final_split, first_split, measure
+from zotune.training.assemble import Bench
 from zotune.training.batches import AbstractBatches
 from zotune.training.callbacks import Hooks
 from zotune.training.diagnostics import Diagnostics
+from zotune.training.evaluation import final_split, first_split, measure
 from zotune.training.folders import round_to_storage_, write_model
 from zotune.training.interrupts import Interrupts
 from zotune.training.journal import JournalWriter, record_bytes
