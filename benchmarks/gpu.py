@@ -262,7 +262,7 @@ def facts(tuner: Tuner, device: torch.device) -> dict[str, Any]:
         "recorded": {
             "forwards": 0 if graphs is None else graphs.replayed,
             "forwards_off": "no GPU" if graphs is None else graphs.off,
-            "updates": tuner.sweeps.replayed,
+            "updates": tuner.moves.sweeps.replayed,
         },
     }
 

@@ -166,7 +166,7 @@ def probe_and_step(
     )
     tuner = Tuner(space, Method("m", estimator, law, lr=1e-3), seed=3, evaluator=evaluator)
     # A sweep leaves the bits of `move_` (`test_sweep_cpu.py`), where it would not be seen.
-    tuner.sweeps = lambda *_: frozenset()  # type: ignore[assignment]
+    tuner.moves.sweeps = lambda *_: frozenset()  # type: ignore[assignment]
     spies = [Spy(b) for b in space]
     free = [s.free for s in spies]
     probes, examples = tuner.ask(), batch(4)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toys import CASES, Case, batch, cross_entropy, digest, point
 
-from zotune.core import nouns, spaces, step
+from zotune.core import moves, nouns, spaces
 from zotune.core.estimator import Estimate, Estimator, OneSided, PerExample, TwoSided
 from zotune.core.evaluator import FunctionEvaluator, TorchEvaluator
 from zotune.core.grid import Rounded
@@ -257,7 +257,7 @@ def test_the_list_of_estimates_gives_the_weights_again_bit_for_bit(
     end = {b.name: b.state().clone() for b in space}
     assert any(not torch.equal(start[n], end[n]) for n in end)
     for run in (1, 50, 1 << 20):
-        monkeypatch.setattr(step, "RUN", run)
+        monkeypatch.setattr(moves, "RUN", run)
         space.load_(start)
         replayed = Tuner(space, method, 3, total=5)
         for estimate in log:

@@ -114,15 +114,15 @@ def test_layers_wait_for_the_next_visit_and_nothing_is_lost(space: str) -> None:
     step(tuner, 0), step(late, 0)
     inside = {b.name for b in late.space if b.name.startswith("layers.")}
     assert inside
-    assert set(late.left) == inside
+    assert set(late.moves.left) == inside
     assert toys.digest(model) != toys.digest(streamed)
     step(tuner, 1), step(late, 1)
     saved, wanted = late.state_tensors(), tuner.state_tensors()
-    assert not late.left
+    assert not late.moves.left
     assert all(torch.equal(saved[k], wanted[k]) for k in wanted)
     step(late, 2)
     late.load_({k: v.clone() for k, v in wanted.items()}, 2, 2)
-    assert not late.left
+    assert not late.moves.left
     step(tuner, 2), step(late, 2)
     late.freeze_([])
     assert toys.digest(model) == toys.digest(streamed)
@@ -138,8 +138,8 @@ def test_a_layer_that_a_forward_goes_round_is_moved_at_once() -> None:
     object.__setattr__(streamed, "layers", [m for m in layers if m is not skipped])
     streamed._modules.pop("layers")
     step(late, 0)
-    assert late.left
-    assert not any(name.startswith("layers.1.") for name in late.left)
+    assert late.moves.left
+    assert not any(name.startswith("layers.1.") for name in late.moves.left)
     stream.close()
 
 
@@ -152,7 +152,7 @@ def test_directions_that_learn_from_the_moved_blocks_leave_none_behind() -> None
     _, late, stream = tuner_for(learning[0], "weights", True)
     assert stream is not None
     step(late, 0)
-    assert not late.left
+    assert not late.moves.left
     stream.close()
 
 

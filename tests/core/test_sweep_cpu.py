@@ -30,7 +30,7 @@ def moved(
     method = Method("mine", TwoSided(1e-3, queries), law, rule, lr=lr)
     tuner = Tuner(space, method, seed=5)
     if not swept:
-        tuner.sweeps = lambda *_: frozenset()  # type: ignore[assignment]
+        tuner.moves.sweeps = lambda *_: frozenset()  # type: ignore[assignment]
     for k in range(2):
         losses = [1.0 + 0.1 * j + k for j in range(2 * queries)]
         tuner.tell(Losses.of(losses))

@@ -44,7 +44,7 @@ def move_(
         taken.append(Sweeps()(*arguments) if fast else frozenset())
         return taken[-1]
 
-    tuner.sweeps = watched  # type: ignore[assignment]
+    tuner.moves.sweeps = watched  # type: ignore[assignment]
     tuner.apply_(found)
     return taken[0]
 
@@ -162,7 +162,7 @@ def test_recorded_updates_are_the_same_updates(
             for n, e in (("b", None), ("c", 0.4))
         ]
         tuner = tuned(Space(blocks), Gaussian(), SGD())
-        tuner.sweeps = sweeps or (lambda *_: frozenset())  # type: ignore[assignment]
+        tuner.moves.sweeps = sweeps or (lambda *_: frozenset())  # type: ignore[assignment]
         for t in range(4):
             if t == 3:  # elsewhere in memory: another recording
                 blocks[0].tensor = blocks[0].master = blocks[0].tensor.clone()

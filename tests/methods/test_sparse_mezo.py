@@ -52,7 +52,7 @@ def test_both_probes_and_the_step_have_the_mask_of_the_unperturbed_weights(
     monkeypatch: pytest.MonkeyPatch, rows_at_once: int
 ) -> None:
     """With an eps that carries most weights beyond the threshold, and row by row."""
-    monkeypatch.setattr("zotune.core.step.RUN", rows_at_once)
+    monkeypatch.setattr("zotune.core.moves.RUN", rows_at_once)
     model = small()
     space = spaces.parse("weights").build(model)
     method = methods.get("sparse-mezo", lr=1e-2, eps=3.0, share=0.5)

@@ -138,8 +138,8 @@ def test_light_tunes_queries_and_values_only() -> None:
 @pytest.mark.parametrize(
     ("scheme", "format"),
     [("int8-channel", "gptq"), ("int4-channel-a4", "compressed-tensors"),
-     ("int4-channel-a4asym", "compressed-tensors"), ("int2-channel-asym", "zotune"), ("int6-channel-a6", "zotune"), ("int4-g32", "gguf"),
-     ("int5-g32-asym", "gguf")],
+     ("int4-channel-a4asym", "compressed-tensors"), ("int2-channel-asym", "zotune"),
+     ("int6-channel-a6", "zotune"), ("int4-g32", "gguf"), ("int5-g32-asym", "gguf")],
 )  # fmt: skip
 def test_what_is_exported_evaluates_to_the_same_number(
     scheme: str, format: str, tmp_path: Path

@@ -60,8 +60,8 @@ class StreamedBlocks:
                 if large(tensor) or self.stream.device.type != "cpu":
                     self.stream.store.own_(tensor)
                     unit.add_([tensor])  # type: ignore[union-attr]
-        tuner.elsewhere = self
-        self.stream.arrived = lambda unit: tuner.arrived_(self.names.get(unit, ()))
+        tuner.moves.elsewhere = self
+        self.stream.arrived = lambda unit: tuner.moves.arrived_(self.names.get(unit, ()))
 
     def waiting(self) -> Set[str]:
         visited, self.stream.visited = self.stream.visited, set()

@@ -11,10 +11,10 @@ from zotune.core import noise
 from zotune.core.block import Block
 from zotune.core.estimator import Estimate, estimator
 from zotune.core.method import Decay, Method, Schedule, Units
+from zotune.core.moves import runs
 from zotune.core.noise import Key
 from zotune.core.perturbation import Gaussian, Perturbation
 from zotune.core.space import Space
-from zotune.core.step import runs
 from zotune.errors import BadInput
 from zotune.methods import FLOATS, method
 
