@@ -139,14 +139,14 @@ def test_light_tunes_queries_and_values_only() -> None:
     ("scheme", "format"),
     [("int8-channel", "gptq"), ("int4-channel-a4", "compressed-tensors"),
      ("int4-channel-a4asym", "compressed-tensors"), ("int2-channel-asym", "zotune"),
-     ("int6-channel-a6", "zotune"), ("int4-g32", "gguf"), ("int5-g32-asym", "gguf")],
+     ("int6-channel-a6asym", "zotune"), ("int4-g32", "gguf"), ("int5-g32-asym", "gguf")],
 )  # fmt: skip
 def test_what_is_exported_evaluates_to_the_same_number(
     scheme: str, format: str, tmp_path: Path
 ) -> None:
     text = tmp_path / "stories.txt"
     text.write_text(TEXT.read_text()[:20_000])
-    clip = ", clip_inputs=True" if scheme == "int6-channel-a6" else ""
+    clip = ", clip_inputs=True" if scheme == "int6-channel-a6asym" else ""
     turned = scheme in ("int4-channel-a4", "int4-g32")
     left = ("lm_head", "down_proj") if format == "gguf" else None  # 32 does not divide 172
     found = quantize(
