@@ -18,6 +18,7 @@ them. With `act_order` groups are fitted beforehand, in their place (static grou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -114,30 +115,55 @@ def inverse_factor(gram: Tensor, damping: float, name: str = "layer") -> Tensor:
 Affine = tuple[Tensor, Tensor | None]
 
 
+def made_up(
+    weight: Tensor, upper: Tensor, rounded: Callable[[int, Tensor], Tensor], block: int = 128
+) -> Tensor:
+    """Weights (out, in) as they are when their column's turn to be rounded comes: each has made up
+    for the errors of the columns before it.
+
+    Args:
+        weight: (out, in).
+        upper: U of `inverse_factor`, (in, in).
+        rounded: of a column's number and it with all behind it in its block (columns, out), gives
+            the column rounded, (out,).
+        block: columns between two full updates.
+
+    >>> rest = made_up(torch.tensor([[0.4, 0.4]]), torch.eye(2), lambda k, part: part[0].round())
+    >>> rest.tolist()
+    [[0.4000000059604645, 0.4000000059604645]]
+    """
+    rest = weight.t().clone(memory_format=torch.contiguous_format)  # a column side by side
+    columns = weight.shape[1]
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        part, errors = rest[start:stop], torch.empty_like(rest[start:stop])
+        for k in range(stop - start):
+            row = upper[start + k, start + k : stop]
+            torch.div(part[k] - rounded(start + k, part[k:]), row[0], out=errors[k])
+            part[k + 1 :].addcmul_(row[1:, None], errors[k], value=-1)
+        rest[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    return rest.t()
+
+
 def _rounded(
     weight: Tensor, upper: Tensor, grid: Grid, fixed: Affine | None, block: int, name: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scale and zero. fixed: one grid per column, or per row; None to fit group by group."""
-    rest, columns = weight.clone(), weight.shape[1]
     size = grid.scheme.group_size if fixed is None else None
-    step = -(-block // size) * size if size else block
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     fitted: list[Affine] = []
     inner = Grid(replace(grid.scheme, granularity="channel", group_size=None), grid.stored)
-    for start in range(0, columns, step):
-        stop = min(start + step, columns)
-        part, errors = rest[:, start:stop], torch.empty_like(rest[:, start:stop])
-        for k in range(stop - start):
-            if size and k % size == 0:
-                fitted.append(inner.fit(part[:, k : k + size], name))
-            here = fitted[-1] if fixed is None else _column(fixed, start + k)
-            column, row = part[:, k : k + 1], upper[start + k, start + k : stop]
-            code = nearest(column, *here, inner.scheme)
-            value = code.to(column.dtype) if here[1] is None else code - here[1].to(column.dtype)
-            errors[:, k : k + 1] = (column - value * here[0]) / row[0]
-            part[:, k:] -= errors[:, k : k + 1] * row
-            codes[:, start + k] = code[:, 0]
-        rest[:, stop:] -= errors @ upper[start:stop, stop:]
+
+    def rounded(k: int, part: Tensor) -> Tensor:
+        if size and k % size == 0:
+            fitted.append(inner.fit(part[:size].t(), name))
+        scale, zero = fitted[-1] if fixed is None else _column(fixed, k)
+        code = nearest(part[0].unsqueeze(1), scale, zero, inner.scheme)
+        value = code.to(part.dtype) if zero is None else code - zero.to(part.dtype)
+        codes[:, k] = code[:, 0]
+        return (value * scale).squeeze(1)
+
+    made_up(weight, upper, rounded, -(-block // size) * size if size else block)
     if fixed is not None:
         return codes, *fixed
     zeros = [zero for _, zero in fitted if zero is not None]

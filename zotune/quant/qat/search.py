@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zotune.errors import BadInput
 from zotune.quant import affine
-from zotune.quant.calibrate.gptq import inverse_factor
+from zotune.quant.calibrate.gptq import inverse_factor, made_up
 from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
 from zotune.quant.qat.smoothing import Run, layer_output, smooth_
 
@@ -178,12 +178,14 @@ def compensate_(
     if exact_x is not None:
         lost = layer.inputs(exact_x, rounding=False).double() - seen
         rest += MADE_UP * (rest @ (lost.mT @ seen) @ (upper.mT @ upper))  # (seen^T seen)^-1
-    for k in range(columns):
-        nearest = rest[:, k] / steps[:, k] + (0 if zeros is None else zeros[:, k])
-        code = nearest.round().clamp(layer.scheme.lowest, layer.scheme.highest)
-        rounded = (code - (0 if zeros is None else zeros[:, k])) * steps[:, k]
-        error = (rest[:, k] - rounded) / upper[k, k]
-        rest[:, k + 1 :] -= error.unsqueeze(1) * upper[k, k + 1 :]
+
+    def rounded(k: int, part: Tensor) -> Tensor:
+        shift = 0 if zeros is None else zeros[:, k]
+        nearest = (part[0] / steps[:, k] + shift).round()
+        code = nearest.clamp(layer.scheme.lowest, layer.scheme.highest)
+        return (code - shift) * steps[:, k]
+
+    rest = made_up(rest, upper, rounded)
     if point.log_scale is not None:
         rest /= point.log_scale.exp()[layer.places].double()
     layer.weight.copy_(rest)
