@@ -206,14 +206,14 @@ CASES = [
     Case("adapter(rank=2)"),
     Case("scales", "int4-g8"),
     Case("scales", "int8-channel-a8"),
-    Case("zeros", "int4-g8-asym"),
+    Case("zeros", "int4-g8-asym-a6asym"),
     Case("codes", "int4-g8"),
     Case("codes", "int3-channel"),
     Case("codes", "int8-channel-a8"),
     Case("adapter(rank=2) + head(lr=0.1) + scales", "int4-g8"),
     Case("latents", "int3-g8-asym", fake=True),
     Case("clipping", "int3-channel", fake=True),
-    Case("clipping + transforms + latents + activations", "int4-g8-a4", fake=True),
+    Case("clipping + transforms + latents + activations", "int4-g8-a4asym", fake=True),
 ]
 
 
