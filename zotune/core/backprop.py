@@ -215,3 +215,6 @@ class BackpropTuner:
                 self.optimizer.state[leaf] = state
         self._write_back()
         self.done, self.applied = done, applied
+
+
+AnyTuner = Tuner | BackpropTuner

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from zotune.core.backprop import Backprop
-from zotune.core.evaluator import TorchEvaluator
-from zotune.core.space import Observe, Space, SpaceSpec
+from zotune.core.space import Observe
 from zotune.core.step import Tuner
 from zotune.methods import AnyMethod
 from zotune.models import Loaded, fingerprint
-from zotune.quant.running import kernels_of
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
 from zotune.training import privacy, sizing
+from zotune.training.assembled import Bench
 from zotune.training.augmentation import parse_augment
 from zotune.training.batches import Batches, PoissonBatches
 from zotune.training.config import TrainConfig
@@ -27,80 +24,13 @@ from zotune.training.folders import all_tensors
 from zotune.training.freezing.freezing import Freezing
 from zotune.training.freezing.plan import Plan, check_early
 from zotune.training.journal import Journal
-from zotune.training.opening import (
-    open_model,
-    open_task,
-    train_split,
-)
-from zotune.training.origin import AnyTuner, Fresh, Origin, Recorded
+from zotune.training.opening import open_model, open_task, train_split
+from zotune.training.origin import Fresh, Origin, Recorded
 from zotune.training.streaming import Streaming
 from zotune.training.streaming import check as check_streamed
 
 log = logging.getLogger("zotune")
 OBSERVED = 256  # training examples that a space may look at before it is built
-
-
-@dataclass
-class Bench:
-    """A run, assembled. `base` is the fingerprint of the model before anything was added to it,
-    `before` what the task measured then."""
-
-    config: TrainConfig
-    loaded: Loaded
-    base: str
-    task: Task
-    model: nn.Module
-    spec: SpaceSpec
-    tuner: AnyTuner
-    batches: Batches | PoissonBatches
-    added: dict[str, Tensor]
-    before: dict[str, float]
-    freezing: Freezing | None = None
-    streaming: Streaming | None = None
-
-    @property
-    def method(self) -> AnyMethod:
-        """What `auto` or a privacy budget chose, where it was to choose."""
-        return self.tuner.method
-
-    @property
-    def space(self) -> Space:
-        return self.tuner.space
-
-    @property
-    def evaluator(self) -> TorchEvaluator:
-        found = self.tuner.evaluator
-        assert isinstance(found, TorchEvaluator)
-        return found
-
-    @property
-    def kernels(self) -> dict[str, str]:
-        """What each kind of layer runs on in a step."""
-        return kernels_of(self.model, gradient=isinstance(self.method, Backprop))
-
-    @property
-    def private(self) -> bool:
-        """Whether the training examples are hidden from whoever sees what the run leaves."""
-        return privacy.private(self.method) is not None
-
-    def promise(self, steps: int) -> privacy.Privacy | None:
-        """What a private run promises after so many steps."""
-        mechanism, batches = privacy.private(self.method), self.batches
-        if mechanism is None or not isinstance(batches, PoissonBatches):
-            return None
-        return privacy.spent(mechanism, len(batches.examples), steps, batches.together)
-
-    def count(self, step: int) -> int:
-        """How many batches a step is measured on, from its own one on."""
-        return 1 if isinstance(self.method, Backprop) else self.method.at(step).batches
-
-    @property
-    def coefficients(self) -> int:
-        """Numbers per journal record."""
-        if isinstance(self.method, Backprop):
-            return 0
-        examples = self.config.examples
-        return max(stage.estimator.count(stage.batches * examples) for stage in self.method.stages)
 
 
 def assemble(

@@ -22,7 +22,7 @@ from zotune.training.batches import spread
 from zotune.training.journal import Journal
 
 if TYPE_CHECKING:
-    from zotune.training.assemble import Bench
+    from zotune.training.assembled import Bench
 
 _LOOKED_AT = 256
 VERSIONS = ("torch", "numpy", "transformers")

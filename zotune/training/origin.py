@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from zotune.core.backprop import Backprop, BackpropTuner
+from zotune.core.backprop import AnyTuner, Backprop, BackpropTuner
 from zotune.core.evaluator import TorchEvaluator
 from zotune.core.method import Method
 from zotune.core.space import Observe, Space, SpaceSpec
@@ -26,7 +26,6 @@ from zotune.training.measuring import measured
 from zotune.training.opening import given_options, open_method, open_space
 
 log = logging.getLogger("zotune")
-AnyTuner = Tuner | BackpropTuner
 
 
 class Origin(Protocol):

@@ -20,7 +20,8 @@ from zotune.errors import BadInput, JournalError
 from zotune.models import Loaded
 from zotune.tasks.task import Task
 from zotune.training import report, snapshots
-from zotune.training.assemble import Bench, assemble
+from zotune.training.assemble import assemble
+from zotune.training.assembled import Bench
 from zotune.training.config import OWN, TrainConfig
 from zotune.training.header import check_noise, digest_of, header_of
 from zotune.training.journal import NAME, Journal, JournalWriter, Record

@@ -13,7 +13,7 @@ from zotune.core.step import StepReport, Tuner
 from zotune.errors import ZotuneError
 from zotune.training import report, snapshots
 from zotune.training.ahead import Ahead
-from zotune.training.assemble import Bench
+from zotune.training.assembled import Bench
 from zotune.training.batches import AbstractBatches
 from zotune.training.callbacks import Hooks
 from zotune.training.diagnostics import Diagnostics

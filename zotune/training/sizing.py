@@ -6,11 +6,10 @@ import logging
 
 import torch
 
-from zotune.core.backprop import BackpropTuner
+from zotune.core.backprop import AnyTuner, BackpropTuner
 from zotune.core.evaluator import TorchEvaluator
 from zotune.core.fitting import fitted, trial_of
 from zotune.core.method import Method
-from zotune.core.step import Tuner
 from zotune.errors import BadInput
 from zotune.methods import AnyMethod
 from zotune.tasks.batch import Batch
@@ -41,7 +40,7 @@ def check(config: TrainConfig, task: Task, method: AnyMethod) -> None:
     raise BadInput(f"{why}, which pieces of like length would change; drop micro_batch_tokens")
 
 
-def room(config: TrainConfig, task: Task, tuner: Tuner | BackpropTuner, batch: Batch) -> int | None:
+def room(config: TrainConfig, task: Task, tuner: AnyTuner, batch: Batch) -> int | None:
     """The most numbers that may go into a forward; None for an objective of whole batches."""
     evaluator = tuner.evaluator
     assert isinstance(evaluator, TorchEvaluator)

@@ -17,9 +17,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from zotune.core.backprop import BackpropTuner
+from zotune.core.backprop import AnyTuner
 from zotune.core.block import Block
-from zotune.core.step import Tuner
 from zotune.models.cut import Trunk
 from zotune.tasks.batch import Batch
 from zotune.tasks.task import Task
@@ -48,7 +47,7 @@ class Freezing:
         config: TrainConfig,
         task: Task,
         model: nn.Module,
-        tuner: Tuner | BackpropTuner,
+        tuner: AnyTuner,
         batches: Batches,
     ) -> None:
         self.plan, self.config, self.task, self.model = plan, config, task, model
