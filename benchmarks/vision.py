@@ -31,7 +31,7 @@ if not __package__:
 from benchmarks.cifar_resnet import convert
 from benchmarks.frontier import Contender
 from benchmarks.harness import Row, begin, earlier, parser, report
-from zotune.core.spaces.head import BASES, CLASS_EXAMPLES
+from zotune.core.spaces.head import CLASS_EXAMPLES
 from zotune.core.spaces.norms import SHIFT_EXAMPLES
 
 TARGET = 3.0  # points above the model as it came
@@ -166,8 +166,7 @@ def steps_of(contender: Contender, given: argparse.Namespace) -> int:
     """How many steps the budget buys, behind the pictures that are looked at first."""
     if still(contender):
         return 1
-    measured = any(f"head(basis={basis!r}" in contender.space for basis in BASES)
-    looked = CLASS_EXAMPLES // given.batch if measured else 0
+    looked = CLASS_EXAMPLES // given.batch if "head(basis=" in contender.space else 0
     if "shift" in contender.space:
         looked += SHIFT_EXAMPLES // given.batch
     if contender.method == "auto":  # nine probes of each of eight batches, in one pass or each

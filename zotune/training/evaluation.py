@@ -44,15 +44,16 @@ def _evaluate(config: EvalConfig, model: nn.Module | Loaded | None, task: Task) 
         running = kernels_of(prepared)
         if config.verbose:
             say_kernels(running)
+        examples = spread(task.split(split), config.max_eval_samples)
         began = time.perf_counter()
-        numbers = measure(config, task, prepared, split)
+        numbers = task.evaluate(prepared, examples, config.per_device_eval_batch_size)
         seconds = time.perf_counter() - began
     return {
         "task": config.task or task.name,
         "split": split,
         "metric": task.metric,
         "value": numbers[task.metric],
-        "examples": len(spread(task.split(split), config.max_eval_samples)),
+        "examples": len(examples),
         "seconds": seconds,
         "numbers": numbers,
         "kernels": running,
@@ -60,9 +61,7 @@ def _evaluate(config: EvalConfig, model: nn.Module | Loaded | None, task: Task) 
     }
 
 
-def measure(
-    config: TrainConfig | EvalConfig, task: Task, model: nn.Module, split: str
-) -> dict[str, float]:
+def measure(config: TrainConfig, task: Task, model: nn.Module, split: str) -> dict[str, float]:
     """The task's numbers on a split, or on `max_eval_samples` of it."""
     chosen = spread(task.split(split), config.max_eval_samples)
     return task.evaluate(model, chosen, config.per_device_eval_batch_size)

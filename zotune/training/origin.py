@@ -77,7 +77,9 @@ class Fresh:
         self, space: Space, model: nn.Module, task: Task, method: AnyMethod, shown: Batches
     ) -> AnyTuner:
         config = self.config
-        tuner = make_tuner(config, method, make_evaluator(config, task, model, space, config.stack))
+        tuner = _make_tuner(
+            config, method, _make_evaluator(config, task, model, space, config.stack)
+        )
         if isinstance(tuner, Tuner):
             tuner = _checked(config, task, tuner, shown)
         evaluator = tuner.evaluator
@@ -122,12 +124,12 @@ class Recorded:
         self, space: Space, model: nn.Module, task: Task, method: AnyMethod, shown: Batches
     ) -> AnyTuner:
         header = self.journal.header
-        evaluator = make_evaluator(self.config, task, model, space, header["stack"])
+        evaluator = _make_evaluator(self.config, task, model, space, header["stack"])
         evaluator.room = header.get("room")
-        return make_tuner(self.config, method, evaluator)
+        return _make_tuner(self.config, method, evaluator)
 
 
-def make_evaluator(
+def _make_evaluator(
     config: TrainConfig, task: Task, model: nn.Module, space: Space, stack: int | None
 ) -> TorchEvaluator:
     def objective(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -143,7 +145,7 @@ def make_evaluator(
     )
 
 
-def make_tuner(config: TrainConfig, method: AnyMethod, evaluator: TorchEvaluator) -> AnyTuner:
+def _make_tuner(config: TrainConfig, method: AnyMethod, evaluator: TorchEvaluator) -> AnyTuner:
     space = evaluator.space
     if isinstance(method, Backprop):
         return BackpropTuner(space, method, evaluator, config.max_steps)
@@ -166,6 +168,6 @@ def _checked(config: TrainConfig, task: Task, tuner: Tuner, batches: Batches) ->
     log.warning("%d blocks are not used by this task and stay as they are: %s", len(unused),
                 ", ".join(unused[:5]))  # fmt: skip
     space = tuner.space.without(unused)
-    fresh = make_evaluator(config, task, evaluator.model, space, evaluator.stack)
+    fresh = _make_evaluator(config, task, evaluator.model, space, evaluator.stack)
     fresh.stack = evaluator.stack
     return Tuner(space, method, config.seed, evaluator=fresh, total=config.max_steps)

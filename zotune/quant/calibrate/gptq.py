@@ -115,7 +115,7 @@ def inverse_factor(gram: Tensor, damping: float, name: str = "layer") -> Tensor:
 Affine = tuple[Tensor, Tensor | None]
 
 
-def made_up(
+def compensated(
     weight: Tensor, upper: Tensor, rounded: Callable[[int, Tensor], Tensor], block: int = 128
 ) -> Tensor:
     """Weights (out, in) as they are when their column's turn to be rounded comes: each has made up
@@ -128,9 +128,9 @@ def made_up(
             the column rounded, (out,).
         block: columns between two full updates.
 
-    >>> rest = made_up(torch.tensor([[0.4, 0.4]]), torch.eye(2), lambda k, part: part[0].round())
-    >>> rest.tolist()
-    [[0.4000000059604645, 0.4000000059604645]]
+    >>> upper = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    >>> compensated(torch.tensor([[0.5, 0.25]]), upper, lambda k, part: part[0].round()).tolist()
+    [[0.5, -0.25]]
     """
     rest = weight.t().clone(memory_format=torch.contiguous_format)  # a column side by side
     columns = weight.shape[1]
@@ -163,7 +163,7 @@ def _rounded(
         codes[:, k] = code[:, 0]
         return (value * scale).squeeze(1)
 
-    made_up(weight, upper, rounded, -(-block // size) * size if size else block)
+    compensated(weight, upper, rounded, -(-block // size) * size if size else block)
     if fixed is not None:
         return codes, *fixed
     zeros = [zero for _, zero in fitted if zero is not None]

@@ -26,7 +26,6 @@ from zotune.quant.scheme import COMMON_BITS, Scheme
 
 # The library whose config.json this is, as far as readers look at its version.
 LIBRARY: Final = "0.20.0"
-PER_TOKEN: Final = {"type": "int", "strategy": "token", "dynamic": True}
 
 
 class CompressedTensorsExporter:
@@ -77,7 +76,13 @@ def _layout(layer: QuantLinear) -> CompressedLayout:
 def _activations(scheme: Scheme) -> dict[str, Any] | None:
     if scheme.act_bits is None:
         return None
-    return {**PER_TOKEN, "num_bits": scheme.act_bits, "symmetric": scheme.act_symmetric}
+    return {
+        "num_bits": scheme.act_bits,
+        "type": "int",
+        "symmetric": scheme.act_symmetric,
+        "strategy": "token",
+        "dynamic": True,
+    }
 
 
 def _record(model: nn.Module, layers: list[QuantLinear]) -> dict[str, Any]:

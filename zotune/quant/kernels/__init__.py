@@ -162,11 +162,13 @@ def clip_rows(x: Tensor, share: Tensor, symmetric: bool = True) -> Tensor:
     """
     if x.numel() == 0:
         return x
-    share = share.to(x.dtype)
+    from zotune.quant.kernels import reference
+
+    low, high = reference.ends(x)
     if symmetric:
-        most = x.abs().amax(-1, keepdim=True) * share
-        return torch.maximum(torch.minimum(x, most), -most)
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        high = torch.maximum(high, -low)
+        low = -high
+    share = share.to(x.dtype)
     return torch.maximum(torch.minimum(x, high * share), low * share)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zotune.quant.kernels import panels
 from zotune.quant.kernels.compiled import to_bfloat16
-from zotune.quant.kernels.panels import PANEL, ROWS, VECTORS, columns_of, lay
+from zotune.quant.kernels.panels import PANEL, ROWS, VECTORS, columns_of, keep, lay, place
 from zotune.quant.kernels.vectors import FLOATS, LANES, WORD, WORDS, Code, processor_has
 from zotune.quant.scheme import Scheme
 
@@ -104,7 +104,6 @@ def _product(out, x, tokens, words, layout, offset, scale, zero, bias, columns, 
     bfloat16; the rest as in `vnni._product`, where `zero` always has parts."""
     rows, outputs = out.shape
     groups, parts = scale.shape[2], rows // tokens
-    chunks = (tokens + chunk - 1) // chunk
     codes = np.zeros((columns // 4) * PANEL, np.int32)
     weights = np.empty((columns // 2) * PANEL, np.int32)
     scales, zeros = np.zeros((groups, PANEL), np.float32), np.zeros((groups, PANEL), np.float32)
@@ -112,7 +111,7 @@ def _product(out, x, tokens, words, layout, offset, scale, zero, bias, columns, 
     edge, flat = np.empty(ROWS * PANEL, np.float32), out.reshape(-1)
     laid, seen, less = -1, -1, _i(offset)
     for task in range(start, stop):
-        first, p = (task // (parts * chunks)) * PANEL, task // chunks % parts
+        first, p, low, high = place(task, chunk, parts, tokens)
         width = min(PANEL, outputs - first)
         if first != laid:
             lay(codes, words, layout, first, width, columns // 4)
@@ -123,15 +122,12 @@ def _product(out, x, tokens, words, layout, offset, scale, zero, bias, columns, 
             columns_of(biases, bias, p, first, width)
             _dequantize(weights, codes, less, scales, zeros, columns // groups)
             seen = p
-        low = p * tokens + (task % chunks) * chunk
-        high = min(low + chunk, (p + 1) * tokens)
         for row in range(low, high, ROWS):
             if width == PANEL and row + ROWS <= high:
                 _tile(flat, row * outputs + first, outputs, x, row, weights, columns // 2, biases)
                 continue
             _tile(edge, 0, PANEL, x, row, weights, columns // 2, biases)
-            for r in range(min(ROWS, high - row)):
-                out[row + r, first : first + width] = edge[r * PANEL : r * PANEL + width]
+            keep(out, edge, row, high, first, width)
 
 
 def fits(codes: Tensor, scheme: Scheme, columns: int) -> bool:

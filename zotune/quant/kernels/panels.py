@@ -66,6 +66,22 @@ def columns_of(to, values, part, first, width):  # type: ignore[no-untyped-def]
             to[g, c] = row[g]
 
 
+@_inlined
+def place(task, chunk, parts, tokens):  # type: ignore[no-untyped-def]
+    """The first output of a task, its part, its first row and the one behind its last."""
+    chunks = (tokens + chunk - 1) // chunk
+    part = task // chunks % parts
+    low = part * tokens + (task % chunks) * chunk
+    return (task // (parts * chunks)) * PANEL, part, low, min(low + chunk, (part + 1) * tokens)
+
+
+@_inlined
+def keep(out, tile, row, high, first, width):  # type: ignore[no-untyped-def]
+    """Write of a tile (ROWS, PANEL) what lies inside: rows before `high`, `width` outputs."""
+    for r in range(min(ROWS, high - row)):
+        out[row + r, first : first + width] = tile[r * PANEL : r * PANEL + width]
+
+
 def fits(codes: Tensor, scheme: Scheme, columns: int) -> bool:
     """Whether panels can be laid from such codes: whole groups of whole words, and for packed codes
     planes of whole words too."""

@@ -60,6 +60,11 @@ def quantize_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     return codes.nan_to_num_(0.0).to(torch.int8), scale
 
 
+def ends(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest number of each row, (..., 1), or 0 where all lie on one side."""
+    return x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+
+
 def quantize_rows_unevenly(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize activations to integers by a scale and a zero point per row, which is what
     compressed-tensors does.
@@ -67,7 +72,7 @@ def quantize_rows_unevenly(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor
     scale = (high - low) / (2^bits - 1),  zero = round(-2^(bits-1) - low / scale),
     code = round(x / scale + zero) within -2^(bits-1)..2^(bits-1) - 1
 
-    for low <= 0 <= high, the smallest and the largest number of a row.
+    for the `ends` low <= 0 <= high of a row.
 
     Args:
         x: (tokens, in), any float dtype.
@@ -83,7 +88,7 @@ def quantize_rows_unevenly(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor
     if x.numel() == 0:
         empty = x.new_zeros(x.shape[0], 1)
         return x.to(torch.int8), empty, empty
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    low, high = ends(x)
     scale = (high - low) / (2 * half - 1)
     zero = (-half - low / scale).clamp_(-half, half - 1).round_().nan_to_num_(0.0)
     codes = (x / scale).add_(zero).clamp_(-half, half - 1).round_()

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from zotune.quant.kernels import panels
-from zotune.quant.kernels.panels import PANEL, ROWS, VECTORS, columns_of, lay
+from zotune.quant.kernels.panels import PANEL, ROWS, VECTORS, columns_of, keep, lay, place
 from zotune.quant.kernels.vectors import (
     BYTE,
     FLOAT,
@@ -145,7 +145,6 @@ def _product(out, x, x_scale, x_sums, tokens, words, layout, offset, scale, zero
     rows, outputs = out.shape
     groups, columns = x_sums.shape[1], x.shape[1]
     steps, parts = columns // groups // 4, rows // tokens
-    chunks = (tokens + chunk - 1) // chunk
     panel = np.empty((columns // 4) * PANEL, np.int32)
     scales = np.zeros((parts, groups, PANEL), np.float32)
     zeros = np.zeros((parts, groups, PANEL), np.float32)
@@ -153,19 +152,16 @@ def _product(out, x, x_scale, x_sums, tokens, words, layout, offset, scale, zero
     edge, flat, laid = np.empty(ROWS * PANEL, np.float32), out.reshape(-1), -1
     zeroed = zero.shape[0] > 0
     for task in range(start, stop):
-        first = (task // (parts * chunks)) * PANEL
+        first, p, low, high = place(task, chunk, parts, tokens)
         width = min(PANEL, outputs - first)
         if first != laid:
             lay(panel, words, layout, first, width, columns // 4)
-            for p in range(parts):
-                columns_of(scales[p], scale, p, first, width)
-                columns_of(biases[p], bias, p, first, width)
+            for each in range(parts):
+                columns_of(scales[each], scale, each, first, width)
+                columns_of(biases[each], bias, each, first, width)
                 if zeroed:
-                    columns_of(zeros[p], zero, p, first, width)
+                    columns_of(zeros[each], zero, each, first, width)
             laid = first
-        p = task // chunks % parts
-        low = p * tokens + (task % chunks) * chunk
-        high = min(low + chunk, (p + 1) * tokens)
         for row in range(low, high, ROWS):
             whole = width == PANEL and row + ROWS <= high
             to = flat if whole else edge
@@ -177,8 +173,7 @@ def _product(out, x, x_scale, x_sums, tokens, words, layout, offset, scale, zero
                 _tile(to, at, stride, x, x_scale, x_sums, row, panel, steps, groups, offset,
                       scales[p], zeros[p], biases[p])  # fmt: skip
             if not whole:
-                for r in range(min(ROWS, high - row)):
-                    out[row + r, first : first + width] = edge[r * PANEL : r * PANEL + width]
+                keep(out, edge, row, high, first, width)
 
 
 def fits(codes: Tensor, scheme: Scheme, columns: int) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zotune.errors import BadInput
 from zotune.quant import affine
-from zotune.quant.calibrate.gptq import inverse_factor, made_up
+from zotune.quant.calibrate.gptq import compensated, inverse_factor
 from zotune.quant.qat.layer import FakeQuantLinear, fake_layers
 from zotune.quant.qat.smoothing import Run, layer_output, smooth_
 
@@ -185,7 +185,7 @@ def compensate_(
         code = nearest.clamp(layer.scheme.lowest, layer.scheme.highest)
         return (code - shift) * steps[:, k]
 
-    rest = made_up(rest, upper, rounded)
+    rest = compensated(rest, upper, rounded)
     if point.log_scale is not None:
         rest /= point.log_scale.exp()[layer.places].double()
     layer.weight.copy_(rest)
