@@ -81,7 +81,8 @@ def zeroqat(
         model, task: objects instead of the configuration's names.
 
     Raises:
-        BadInput: a scheme that does not fit, or a model that is quantized already.
+        BadInput: a scheme that does not fit, a model that is quantized already, or a head of the
+            task's that the format has no place for.
     """
     how = how or Preparation()
     how = dataclasses.replace(how, scheme=config.scheme or how.scheme)
